@@ -1,0 +1,63 @@
+# Everyday commands. PYTHON is the interpreter of the environment you work in (make venv makes one).
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+
+.PHONY: help venv build test test-rust test-python test-isa compat lint format types bench demo ci clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
+
+venv: ## .venv with the package in editable form and everything its tests need
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --upgrade pip
+	.venv/bin/python -m pip install --editable '.[test,dev,bench]'
+
+build: ## compile the Rust module into python/llama1m_ext (release profile)
+	$(PYTHON) -m maturin develop --release
+
+test: test-rust test-python ## both suites
+
+test-rust: ## cargo's tests; no Python needed
+	cargo test
+
+test-python: ## pytest, without the slow tests
+	$(PYTHON) -m pytest
+
+test-isa: ## the tests of the operations, once per ISA level of this machine
+	@for level in $$($(PYTHON) -m llama1m_ext env --isa-levels); do \
+	    echo "== LLAMA1M_ISA=$$level"; \
+	    LLAMA1M_ISA=$$level $(PYTHON) -m pytest -q tests/python/test_attention.py tests/python/test_rope.py tests/python/test_merge.py || exit 1; \
+	done
+
+compat: ## the suite on the oldest versions supported, in an environment of its own
+	.ci/run oldest
+
+lint: ## what CI refuses: format, clippy, ruff
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --features python -- -D warnings
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+
+format: ## format Rust and Python in place
+	cargo fmt
+	$(PYTHON) -m ruff check --fix
+	$(PYTHON) -m ruff format
+
+types: ## mypy over the package
+	$(PYTHON) -m mypy
+
+bench: ## both benchmarks, JSON and plots into bench-out/
+	mkdir -p bench-out
+	$(PYTHON) -m llama1m_ext bench attention --json bench-out/attention.json --plot bench-out/attention.png
+	$(PYTHON) -m llama1m_ext bench decode --json bench-out/decode.json --plot bench-out/decode.png
+
+demo: ## a needle in a book, through the model card's pipeline
+	$(PYTHON) -m llama1m_ext demo
+
+ci: ## all that CI runs
+	.ci/run
+
+clean: ## what builds and tests leave
+	cargo clean
+	rm -rf .ci/work bench-out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
