@@ -1,0 +1,133 @@
+"""The console script `llama1m`: what it offers, and nothing of how it is done.
+
+Every command imports what it needs when it runs, so that `llama1m --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="llama1m",
+    help="Exact attention at 1,048,576 tokens for Llama in transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Our attention beside torch's, in one process, alternated.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the figures (matplotlib).")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads for both sides. Default: as torch has it.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Alternated rounds; figures are medians.")]
+Dtypes = Annotated[str, typer.Option(help="Comma-separated: bf16, f32, f16.")]
+ClockName = Annotated[str, typer.Option("--clock", help="wall, or cpu: for one thread on a busy machine.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Small shapes, few rounds: shows that it runs, not how fast.")]
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(min=512, help="Length of the prompt, in tokens.")] = 131072,
+    text: Annotated[Path | None, typer.Option(help="Hide the needle in this text, not in the book shipped.")] = None,
+    depth: Annotated[float | None, typer.Option(min=0, max=1, help="Where in the text: 0 start, 1 end.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the needle, and its place unless --depth does.")] = 0,
+    stock: Annotated[bool, typer.Option("--stock/--no-stock", help="Run stock transformers too.")] = True,
+    json_file: JsonFile = None,
+) -> None:
+    """Hide a needle in a long book and let the model card's pipeline find it."""
+    if text is not None and not text.is_file():
+        raise typer.BadParameter(f"expected a text file, got {str(text)!r}", param_hint="--text")
+    from llama1m_ext.demo import run_demo
+
+    result = run_demo(tokens=tokens, text=text, depth=depth, seed=seed, stock=stock)
+    _write_json(json_file, result)
+    raise typer.Exit(0 if result["correct"] else 1)
+
+
+@bench.command("attention")
+def bench_attention(
+    dtypes: Dtypes = "bf16,f32",
+    squares: Annotated[str, typer.Option(help="Causal squares: lengths, comma-separated.")] = "4096,8192,16384",
+    chunks: Annotated[str, typer.Option(help="Query chunks q_len x kv_len, comma-separated.")] = "512x32768,2048x32768",
+    heads: Annotated[str, typer.Option(help="q_heads x kv_heads x head_dim.")] = "4x1x128",
+    peers: Annotated[str, typer.Option(help="Other peers, comma-separated: onnxruntime (f32 squares).")] = "",
+    threads: Threads = None,
+    rounds: Rounds = 7,
+    quick: Quick = False,
+    clock: ClockName = "wall",
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+) -> None:
+    """Prefill: causal squares, and chunks of queries against a long history."""
+    from llama1m_ext.bench import attention
+
+    try:
+        plan = attention.plan(dtypes, squares, chunks, heads, peers, threads, rounds, quick, clock)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _write_report(attention.run(plan), json_file, plot)
+
+
+@bench.command("decode")
+def bench_decode(
+    dtypes: Dtypes = "bf16",
+    kv_len: Annotated[str, typer.Option(help="Lengths of the history, comma-separated.")] = "131072",
+    heads: Annotated[str, typer.Option(help="q_heads x kv_heads x head_dim.")] = "32x8x128",
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    page_size: Annotated[int, typer.Option(min=0, help="Also measure ours over pages of this size. 0: no.")] = 0,
+    threads: Threads = None,
+    rounds: Rounds = 9,
+    quick: Quick = False,
+    clock: ClockName = "wall",
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+) -> None:
+    """Decode: one query against a long history, bound by memory bandwidth."""
+    from llama1m_ext.bench import decode
+
+    try:
+        plan = decode.plan(dtypes, kv_len, heads, batch, page_size, threads, rounds, quick, clock)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _write_report(decode.run(plan), json_file, plot)
+
+
+@app.command()
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    isa_levels: Annotated[bool, typer.Option("--isa-levels", help="Only the ISA levels, best first.")] = False,
+) -> None:
+    """Versions, CPU level, memory, GPU, NVRTC: what a bug report needs."""
+    from llama1m_ext import env as environment
+
+    if isa_levels:
+        typer.echo("\n".join(environment.isa_levels()))
+        return
+    facts = environment.collect()
+    typer.echo(json.dumps(facts, indent=2) if as_json else environment.render(facts))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _write_report(report: dict[str, Any], json_file: Path | None, plot: Path | None) -> None:
+    _write_json(json_file, report)
+    if plot is not None:
+        from llama1m_ext.bench.plot import draw
+
+        draw(report, plot)
+        print(f"wrote {plot}", file=sys.stderr)
+
+
+def _write_json(path: Path | None, report: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {path}", file=sys.stderr)
