@@ -136,7 +136,7 @@ def case(
                 "torch no mask (not causal: an upper bound)",
                 lambda: F.scaled_dot_product_attention(q, wide_k, wide_v),
                 flop_per_pair * q_len * kv_len,
-                honest=False,
+                yardstick=False,
             )
         )
     if "onnxruntime" in (peers or []) and dtype == "f32" and q_start == 0:

@@ -69,16 +69,8 @@ def plan(
     if quick:
         kv_len, rounds = QUICK_KV_LEN, QUICK_ROUNDS
     lengths = [n for (n,) in sizes(kv_len, 1, "kv_len")]
-    return Plan(
-        chosen_dtypes(dtypes),
-        lengths,
-        parse_heads(heads),
-        batch,
-        page_size,
-        threads,
-        rounds,
-        chosen_clock(clock, threads),
-    )
+    names, sized, timed = chosen_dtypes(dtypes), parse_heads(heads), chosen_clock(clock, threads)
+    return Plan(names, lengths, sized, batch, page_size, threads, rounds, timed)
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -108,7 +100,7 @@ def case(
     if page_size:
         k_pages, v_pages = _pages(k, page_size), _pages(v, page_size)
         paged = lambda: ops.attention(q, k_pages, v_pages, kv_len=kv_len)  # noqa: E731
-        calls.append(Call(f"{OURS}, pages of {page_size}", paged, kv_bytes, honest=False))
+        calls.append(Call(f"{OURS}, pages of {page_size}", paged, kv_bytes, yardstick=False))
     calls += torch_calls(q, k, v, kv_bytes)
 
     def raw_read(clock: Clock) -> float:

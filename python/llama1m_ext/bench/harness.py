@@ -33,7 +33,7 @@ class Call:
     name: str
     run: Callable[[], Any]
     work: float  # FLOP or bytes of one run
-    honest: bool = True  # False: shown, but no yardstick, because it computes something else
+    yardstick: bool = True  # may `ratio` be taken against it; False for what computes something else, and for peers
     output: Callable[[Any], torch.Tensor] = field(default=lambda result: result)
 
 
@@ -137,8 +137,8 @@ def reference_rows(
 def measure(case: Case, rounds: int, clock: Clock | None = None) -> dict[str, Any]:
     """Run a case: one untimed round that warms up and is judged against float64, then `rounds` alternated ones.
 
-    Returns a JSON-able record. `ratio` of a candidate is our rate over its rate; the case's `honest` names the fastest
-    candidate that computes what was asked.
+    Returns a JSON-able record. `ratio` of a candidate is our rate over its rate; the case's `yardstick` names torch's
+    fastest way to compute what was asked, and the case's `ratio` is against that.
     """
     clock = clock or Clock()
     errors = {call.name: _max_error(call, case) for call in case.calls}
@@ -151,7 +151,7 @@ def measure(case: Case, rounds: int, clock: Clock | None = None) -> dict[str, An
     medians = {name: statistics.median(values) for name, values in samples.items()}
     rates = {call.name: call.work / medians[call.name] for call in case.calls}
     others = [call for call in case.calls if call.name != OURS]
-    honest = max((call.name for call in others if call.honest), key=rates.__getitem__, default=None)
+    yardstick = max((call.name for call in others if call.yardstick), key=rates.__getitem__, default=None)
     void_above = case.limit.void_spread
     return {
         "name": case.name,
@@ -165,12 +165,11 @@ def measure(case: Case, rounds: int, clock: Clock | None = None) -> dict[str, An
             "samples": [value / 1e9 for value in limits],
         },
         "void": void_above is not None and spread(limits) > void_above,
-        "honest": honest,
-        "ratio": rates[OURS] / rates[honest] if honest else None,
+        "yardstick": yardstick,
+        "ratio": rates[OURS] / rates[yardstick] if yardstick else None,
         "candidates": [
             {
                 "name": call.name,
-                "honest": call.honest,
                 "median_s": medians[call.name],
                 "rate": rates[call.name] / 1e9,
                 "fraction": rates[call.name] / limit,
@@ -190,7 +189,7 @@ def lines(record: dict[str, Any]) -> list[str]:
     out = ["", f"{head}, spread {limit['spread']:.2f}x)"]
     for one in record["candidates"]:
         ratio = "" if one["name"] == OURS else f"  ours {one['ratio']:.2f}x"
-        mark = "  <- yardstick" if one["name"] == record["honest"] else ""
+        mark = "  <- yardstick" if one["name"] == record["yardstick"] else ""
         out.append(
             f"  {one['name']:<44} {one['median_s'] * 1e3:10.3f} ms {one['rate']:9.2f} {unit}"
             f" {one['fraction'] * 100:6.1f}%  max error {one['max_error']:.1e}{ratio}{mark}"

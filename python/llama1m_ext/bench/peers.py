@@ -35,7 +35,8 @@ def onnxruntime_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, threads:
     def to_heads(result: list[Any]) -> torch.Tensor:
         return torch.from_numpy(result[0]).reshape(batch, q_len, q_heads, head_dim).transpose(1, 2)
 
-    return Call("onnxruntime GroupQueryAttention", lambda: session.run(["out"], feed), work, output=to_heads)
+    name = "onnxruntime GroupQueryAttention"
+    return Call(name, lambda: session.run(["out"], feed), work, yardstick=False, output=to_heads)
 
 
 def _group_query_attention_model(q_heads: int, kv_heads: int, head_dim: int) -> bytes:
