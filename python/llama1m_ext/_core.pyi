@@ -1,0 +1,70 @@
+"""The compiled core. `llama1m_ext.ops` is the interface meant for people; this one allocates nothing."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array = torch.Tensor | npt.NDArray[np.generic]
+
+__version__: str
+
+def attention(
+    q: Array,
+    k: Array | Sequence[Array],
+    v: Array | Sequence[Array],
+    out: Array,
+    lse: Array | None = None,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    q_start: int | None = None,
+    kv_start: Array | int | None = None,
+    kv_end: Array | int | None = None,
+    kv_len: int | None = None,
+    threads: int = 1,
+    path: Literal["auto", "prefill", "decode"] = "auto",
+) -> None:
+    """Exact attention on CPU tensors or numpy arrays, written to `out` and `lse`."""
+
+def merge_partials(
+    outs: Array | Sequence[Array],
+    lses: Array | Sequence[Array],
+    out: Array,
+    lse: Array | None = None,
+    *,
+    threads: int = 1,
+) -> None:
+    """Joins partials `(outs[i], lses[i])` over disjoint keys into `out` and `lse`."""
+
+def rope_apply(
+    q: Array,
+    k: Array | None,
+    q_out: Array,
+    k_out: Array | None,
+    positions: Array,
+    inv_freq: Array,
+    *,
+    attention_scaling: float = 1.0,
+    threads: int = 1,
+) -> None:
+    """Rotates q and k by their positions into q_out and k_out."""
+
+def cos_sin(
+    position: int, inv_freq: Array, *, attention_scaling: float = 1.0
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """The `(cos, sin)` vectors that `rope_apply` uses at one position."""
+
+def isa() -> str:
+    """The instruction-set level in use."""
+
+def isa_levels() -> list[str]:
+    """The levels this CPU has, best first."""
+
+def peak_flops(dtype: str, threads: int = 1, seconds: float = 0.2) -> float:
+    """Measured FLOP/s of multiply-adds in registers, in the operand type that attention uses for `dtype`."""
+
+def read_seconds(tensor: Array, threads: int = 1) -> float:
+    """Seconds that one pass over a contiguous tensor's memory takes."""

@@ -1,0 +1,307 @@
+"""Attention, merges and RoPE over torch tensors.
+
+q, k, v are `[batch, heads, len, head_dim]` views with any strides but a contiguous last axis; float32, bfloat16 or
+float16. All of it runs on the CPU on `torch.get_num_threads()` threads; nothing here has gradients yet. Inside
+`torch.compile` the calls become custom operators (`torch.ops.llama1m_ext`), so that no graph breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _core
+
+__all__ = ["attention", "merge_partials", "rope_apply"]
+
+Pages = Tensor | Sequence[Tensor]
+
+
+def attention(
+    q: Tensor,
+    k: Pages,
+    v: Pages,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    q_start: int | None = None,
+    kv_start: Tensor | int | None = None,
+    kv_end: Tensor | int | None = None,
+    kv_len: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact softmax attention, blockwise: `softmax(softmax_scale * q k^T) v` over the visible keys.
+
+    Key j is visible to query i of batch row b when `kv_start[b] <= j < min(kv_end[b], kv_len)` and, if causal,
+    `j <= q_start + i`. A query that sees no key gets out 0 and lse -inf. Memory beyond the result is a few hundred
+    rows per thread, whatever the lengths (online softmax: Milakov and Gimelshein, 1805.02867; Dao et al., 2205.14135).
+
+    Args:
+        q: `[batch, q_heads, q_len, head_dim]`, head_dim 8 to 256.
+        k: `[batch, kv_heads, kv_len, head_dim]` in q's dtype, kv_heads dividing q_heads; or pages of it: a list of
+            tensors `[batch, kv_heads, page_size, head_dim]` (sizes may differ) that follow each other.
+        v: as k.
+        causal: hide keys after the query's own position.
+        softmax_scale: multiplies the scores; default `1 / sqrt(head_dim)`.
+        q_start: absolute position of the first query; default `kv_len - q_len`.
+        kv_start: first visible key of each batch row, int64 `[batch]`, or one int for all.
+        kv_end: one past the last visible key of each batch row, likewise.
+        kv_len: how many tokens of k and v are in use; default all. What lies beyond is never read.
+        return_lse: also return the natural log-sum-exp of the scores.
+
+    Returns:
+        out `[batch, q_heads, q_len, head_dim]` in q's dtype, laid out `[batch, q_len, q_heads, head_dim]` in memory, so
+        that `out.transpose(1, 2).reshape(batch, q_len, -1)` costs nothing; with `return_lse` also lse, float32
+        `[batch, q_heads, q_len]`.
+
+    Raises:
+        TypeError: a dtype, device or kind of argument that is not served; an input that needs a gradient.
+        ValueError: shapes, strides or numbers that don't fit; the message names the argument and both values.
+    """
+    if torch.compiler.is_compiling():
+        pages_k, pages_v = _pages(k), _pages(v)
+        starts, ends = _row_tensor(kv_start, q), _row_tensor(kv_end, q)
+        out, lse = torch.ops.llama1m_ext.attention(
+            q, pages_k, pages_v, causal, softmax_scale, q_start, starts, ends, kv_len, return_lse
+        )
+        return (out, lse) if return_lse else out
+    _tensors("q", [q])
+    _tensors("k", k if isinstance(k, (list, tuple)) else [k])
+    _tensors("v", v if isinstance(v, (list, tuple)) else [v])
+    return _attention(q, k, v, causal, softmax_scale, q_start, kv_start, kv_end, kv_len, return_lse)
+
+
+def merge_partials(outs: Pages, lses: Pages) -> tuple[Tensor, Tensor]:
+    """Joins attention over disjoint sets of keys: `lse = ln sum exp(lse_i)`, `out = sum exp(lse_i - lse) out_i`.
+
+    Args:
+        outs: the partial outputs, each `[batch, q_heads, q_len, head_dim]`; or one tensor `[n, batch, ...]`.
+        lses: their log-sum-exps, float32, each `[batch, q_heads, q_len]`; or one tensor `[n, batch, ...]`. A partial
+            whose lse is -inf saw no key: it is not read.
+
+    Returns:
+        (out in the dtype of `outs[0]`, lse float32), accumulated in float32.
+
+    Raises:
+        TypeError, ValueError: as `attention`.
+    """
+    out_list, lse_list = _unstack("outs", outs, 4), _unstack("lses", lses, 3)
+    if torch.compiler.is_compiling():
+        merged: tuple[Tensor, Tensor] = torch.ops.llama1m_ext.merge_partials(out_list, lse_list)
+        return merged
+    _tensors("outs", out_list)
+    _tensors("lses", lse_list)
+    return _merge_partials(out_list, lse_list)
+
+
+def rope_apply(
+    q: Tensor,
+    k: Tensor | None,
+    positions: Tensor,
+    inv_freq: Tensor,
+    *,
+    attention_scaling: float = 1.0,
+    q_out: Tensor | None = None,
+    k_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotary embedding in Llama's layout, with exact phases (Su et al., 2104.09864).
+
+    The first `2 * len(inv_freq)` elements of each head turn as `(x1 cos - x2 sin, x2 cos + x1 sin)` over their two
+    halves; the rest is copied. `position * inv_freq` is reduced in u64 fixed point, (cos, sin) are within 1e-7 at any
+    position below 2^24, the rotation is float32 and rounded once.
+
+    Args:
+        q: `[batch, q_heads, len, head_dim]`.
+        k: `[batch, kv_heads, len, head_dim]`, or None.
+        positions: int64 `[batch, len]`, `[1, len]` or `[len]`, each from 0 to 2^40.
+        inv_freq: float64 `[rotary_dim / 2]`, radians a token.
+        attention_scaling: multiplies cos and sin (YaRN, longrope).
+        q_out: where to write; may be q itself. Default: a new tensor.
+        k_out: likewise for k.
+
+    Returns:
+        (q_out, k_out), of the shapes and dtypes of q and k.
+
+    Raises:
+        TypeError, ValueError: as `attention`.
+    """
+    if torch.compiler.is_compiling():
+        q_new, k_new = torch.ops.llama1m_ext.rope_apply(q, k, positions, inv_freq, attention_scaling)
+        if q_out is not None:
+            q_new = q_out.copy_(q_new)
+        if k is not None and k_out is not None:
+            k_new = k_out.copy_(k_new)
+        return q_new, k_new if k is not None else None
+    _tensors("q", [q])
+    if k is not None:
+        _tensors("k", [k])
+    return _rope_apply(q, k, positions, inv_freq, attention_scaling, q_out, k_out)
+
+
+def _tensors(name: str, tensors: Sequence[object]) -> None:
+    """Raises where an argument is no tensor, or would need a gradient that we can't give."""
+    for t in tensors:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if t.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"{name}: expected a tensor without gradient, got requires_grad=True; "
+                "call under torch.no_grad() or torch.inference_mode()"
+            )
+
+
+def _pages(x: Pages) -> list[Tensor]:
+    return list(x) if isinstance(x, (list, tuple)) else [x]  # type: ignore[list-item]
+
+
+def _unstack(name: str, x: Pages, rank: int) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        if x.dim() != rank + 1:
+            raise ValueError(f"{name}: expected a list, or one tensor of rank {rank + 1}, got shape {tuple(x.shape)}")
+        return list(x.unbind(0))
+    if not isinstance(x, (list, tuple)):
+        raise TypeError(f"{name}: expected a list of tensors, got {type(x).__name__}")
+    if not x:
+        raise ValueError(f"{name}: expected at least one partial, got none")
+    return list(x)
+
+
+def _row_tensor(x: Tensor | int | None, q: Tensor) -> Tensor | None:
+    if x is None or isinstance(x, Tensor):
+        return x
+    return torch.full((q.shape[0],), x, dtype=torch.int64)
+
+
+def _like(x: Tensor) -> Tensor:
+    """An output for x: `[batch, heads, len, head_dim]` over memory `[batch, len, heads, head_dim]`."""
+    if x.dim() != 4:
+        return torch.empty_like(x)  # the core names the argument and refuses
+    batch, heads, length, head_dim = x.shape
+    return torch.empty((batch, length, heads, head_dim), dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def _attention(
+    q: Tensor,
+    k: Pages,
+    v: Pages,
+    causal: bool,
+    softmax_scale: float | None,
+    q_start: int | None,
+    kv_start: Tensor | int | None,
+    kv_end: Tensor | int | None,
+    kv_len: int | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    out = _like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
+    _core.attention(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        q_start=q_start,
+        kv_start=kv_start,
+        kv_end=kv_end,
+        kv_len=kv_len,
+        threads=torch.get_num_threads(),
+    )
+    return out if lse is None else (out, lse)
+
+
+def _merge_partials(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    out = _like(outs[0])
+    lse = torch.empty(outs[0].shape[:3], dtype=torch.float32, device=outs[0].device)
+    _core.merge_partials(outs, lses, out, lse, threads=torch.get_num_threads())
+    return out, lse
+
+
+def _rope_apply(
+    q: Tensor,
+    k: Tensor | None,
+    positions: Tensor,
+    inv_freq: Tensor,
+    attention_scaling: float,
+    q_out: Tensor | None = None,
+    k_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    q_out = _like(q) if q_out is None else q_out
+    if k is not None and k_out is None:
+        k_out = _like(k)
+    _core.rope_apply(
+        q,
+        k,
+        q_out,
+        k_out,
+        positions,
+        inv_freq,
+        attention_scaling=attention_scaling,
+        threads=torch.get_num_threads(),
+    )
+    return q_out, k_out
+
+
+# The same calls as operators of torch, with shapes for the compiler. Optional results are empty tensors, because an
+# operator's schema has no optional results.
+
+
+@torch.library.custom_op("llama1m_ext::attention", mutates_args=(), device_types="cpu")
+def _attention_op(
+    q: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    causal: bool,
+    softmax_scale: float | None,
+    q_start: int | None,
+    kv_start: Tensor | None,
+    kv_end: Tensor | None,
+    kv_len: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    r = _attention(q, list(k), list(v), causal, softmax_scale, q_start, kv_start, kv_end, kv_len, return_lse)
+    return r if isinstance(r, tuple) else (r, q.new_empty(0, dtype=torch.float32))
+
+
+@_attention_op.register_fake
+def _(
+    q: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    causal: bool,
+    softmax_scale: float | None,
+    q_start: int | None,
+    kv_start: Tensor | None,
+    kv_end: Tensor | None,
+    kv_len: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    return _like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
+
+
+@torch.library.custom_op("llama1m_ext::merge_partials", mutates_args=(), device_types="cpu")
+def _merge_partials_op(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return _merge_partials(list(outs), list(lses))
+
+
+@_merge_partials_op.register_fake
+def _(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return _like(outs[0]), outs[0].new_empty(outs[0].shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("llama1m_ext::rope_apply", mutates_args=(), device_types="cpu")
+def _rope_apply_op(
+    q: Tensor, k: Tensor | None, positions: Tensor, inv_freq: Tensor, attention_scaling: float
+) -> tuple[Tensor, Tensor]:
+    q_out, k_out = _rope_apply(q, k, positions, inv_freq, attention_scaling)
+    return q_out, q.new_empty(0) if k_out is None else k_out
+
+
+@_rope_apply_op.register_fake
+def _(
+    q: Tensor, k: Tensor | None, positions: Tensor, inv_freq: Tensor, attention_scaling: float
+) -> tuple[Tensor, Tensor]:
+    return _like(q), q.new_empty(0) if k is None else _like(k)

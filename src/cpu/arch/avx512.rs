@@ -1,0 +1,334 @@
+//! AVX-512 (F, BW, DQ, VL): 16 lanes; and its BF16 dot products (VDPBF16PS), 32 multiply-adds an instruction.
+
+#![allow(clippy::undocumented_unsafe_blocks, clippy::missing_safety_doc)] // one contract: vector.rs
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use std::arch::x86_64::*;
+
+use super::{Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common};
+use crate::cpu::rowwise::{FloatRows, Rows};
+use crate::cpu::vector::{Bf16, Dot, F16, Float, Load, MAX_LANES, Raw, Vector};
+use crate::cpu::{kernels, merge, rope, rowwise};
+use crate::dtype::DType;
+
+/// 16 float32.
+#[derive(Clone, Copy)]
+pub struct V(__m512);
+
+unsafe impl Vector for V {
+    const LANES: usize = 16;
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Self(_mm512_set1_ps(x))
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        Self(_mm512_loadu_ps(p))
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        _mm512_storeu_ps(p, self.0);
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self {
+        Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))))
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
+        Self(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16) {
+        // By hand: VCVTNEPS2BF16 would flush subnormals, and plain AVX-512 lacks it.
+        let x = _mm512_castps_si512(self.0);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(x), _mm512_set1_epi32(1));
+        let r = _mm512_srli_epi32::<16>(_mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))));
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+        let q = _mm512_or_si512(_mm512_srli_epi32::<16>(x), _mm512_set1_epi32(0x40));
+        _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, q)));
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16) {
+        _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0));
+    }
+    #[inline(always)]
+    unsafe fn add(self, o: Self) -> Self {
+        Self(_mm512_add_ps(self.0, o.0))
+    }
+    #[inline(always)]
+    unsafe fn mul(self, o: Self) -> Self {
+        Self(_mm512_mul_ps(self.0, o.0))
+    }
+    #[inline(always)]
+    unsafe fn max(self, o: Self) -> Self {
+        Self(_mm512_max_ps(self.0, o.0))
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        Self(_mm512_fmadd_ps(self.0, b.0, c.0))
+    }
+    #[inline(always)]
+    unsafe fn mul_sub(self, b: Self, c: Self) -> Self {
+        Self(_mm512_fmsub_ps(self.0, b.0, c.0))
+    }
+    #[inline(always)]
+    unsafe fn exp2(self) -> Self {
+        // Round to nearest, degree-6 minimax (2e-9), VSCALEFPS: which also maps (NaN, -inf) to 0.
+        let n = _mm512_roundscale_ps::<0x08>(self.0);
+        let f = _mm512_sub_ps(self.0, n);
+        let mut p = _mm512_set1_ps(1.534_581_2e-4);
+        for c in [1.339_993_1e-3, 9.618_489e-3, 5.550_328_8e-2, 2.402_264_7e-1, 6.931_472e-1, 1.0] {
+            p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+        }
+        Self(_mm512_scalef_ps(p, n))
+    }
+    #[inline(always)]
+    unsafe fn exp2_bf16(self) -> Self {
+        // VREDUCEPS gives x - floor(x) in one step and VSCALEFPS takes the floor itself; cubic minimax (7.5e-5).
+        let f = _mm512_reduce_ps::<0x09>(self.0);
+        let mut p = _mm512_set1_ps(7.802_452_7e-2);
+        for c in [2.260_671_5e-1, 6.958_335_4e-1, 9.999_252e-1] {
+            p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+        }
+        Self(_mm512_scalef_ps(p, self.0))
+    }
+    #[inline(always)]
+    unsafe fn keep_below(self, first: i32, hi: i32) -> Self {
+        let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let k = _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(hi - first));
+        Self(_mm512_mask_blend_ps(k, _mm512_set1_ps(f32::NEG_INFINITY), self.0))
+    }
+    #[inline(always)]
+    unsafe fn any_gt(self, x: f32) -> bool {
+        _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, _mm512_set1_ps(x)) != 0
+    }
+    #[inline(always)]
+    unsafe fn reduce_max(self) -> f32 {
+        _mm512_reduce_max_ps(self.0)
+    }
+    #[inline(always)]
+    unsafe fn reduce_add(self) -> f32 {
+        _mm512_reduce_add_ps(self.0)
+    }
+    #[inline(always)]
+    unsafe fn transpose(m: &mut [Self; MAX_LANES]) {
+        let mut r = [_mm512_setzero_si512(); 16];
+        let mut t = r;
+        for i in 0..16 {
+            r[i] = _mm512_castps_si512(m[i].0);
+        }
+        for i in 0..8 {
+            t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        }
+        for i in 0..4 {
+            r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+            r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+            r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+            r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+        }
+        for i in 0..4 {
+            t[i] = _mm512_shuffle_i32x4::<0x88>(r[i], r[4 + i]);
+            t[4 + i] = _mm512_shuffle_i32x4::<0xdd>(r[i], r[4 + i]);
+            t[8 + i] = _mm512_shuffle_i32x4::<0x88>(r[8 + i], r[12 + i]);
+            t[12 + i] = _mm512_shuffle_i32x4::<0xdd>(r[8 + i], r[12 + i]);
+        }
+        for i in 0..4 {
+            r[i] = _mm512_shuffle_i32x4::<0x88>(t[i], t[8 + i]);
+            r[8 + i] = _mm512_shuffle_i32x4::<0xdd>(t[i], t[8 + i]);
+            r[4 + i] = _mm512_shuffle_i32x4::<0x88>(t[4 + i], t[12 + i]);
+            r[12 + i] = _mm512_shuffle_i32x4::<0xdd>(t[4 + i], t[12 + i]);
+        }
+        for i in 0..16 {
+            m[i].0 = _mm512_castsi512_ps(r[i]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum16(v: &[Self; 16], out: *mut f32) {
+        // A transpose that adds on the way: 45 operations for 16 sums.
+        let mut a = [_mm512_setzero_ps(); 8];
+        for i in 0..8 {
+            let (x, y) = (v[2 * i].0, v[2 * i + 1].0);
+            a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+        }
+        let mut b = [_mm512_setzero_ps(); 4];
+        for i in 0..4 {
+            let (x, y) = (_mm512_castps_pd(a[2 * i]), _mm512_castps_pd(a[2 * i + 1]));
+            b[i] =
+                _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+        }
+        let c = |x, y| _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(x, y), _mm512_shuffle_f32x4::<0xdd>(x, y));
+        let (x, y) = (c(b[0], b[1]), c(b[2], b[3]));
+        _mm512_storeu_ps(out, c(x, y));
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(p.cast());
+    }
+}
+
+/// Pairs of bf16, accumulated in float32.
+pub struct Pairs;
+
+#[inline(always)]
+fn bh(x: __m512i) -> __m512bh {
+    // SAFETY: both are 64 plain bytes.
+    unsafe { std::mem::transmute(x) }
+}
+
+unsafe impl Dot for Pairs {
+    type V = V;
+    type B = __m512bh;
+    const PAIR: usize = 2;
+    #[inline(always)]
+    unsafe fn splat(p: *const u32) -> __m512bh {
+        bh(_mm512_set1_epi32(p.cast::<i32>().read_unaligned()))
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> __m512bh {
+        bh(_mm512_loadu_si512(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn dot(acc: V, a: __m512bh, b: __m512bh) -> V {
+        V(_mm512_dpbf16_ps(acc.0, a, b))
+    }
+    #[inline(always)]
+    unsafe fn exp2(x: V) -> V {
+        x.exp2_bf16()
+    }
+    #[inline(always)]
+    unsafe fn put_p<const C: usize>(row: &[V; C], p: *mut u32, mut l: V) -> V {
+        // l by a dot product with ones: it sums what was rounded, and costs less than adding the float32s.
+        let ones = bh(_mm512_set1_epi32(0x3f80_3f80));
+        for c in (0..C).step_by(2) {
+            let x = _mm512_cvtne2ps_pbh(row[c + 1].0, row[c].0);
+            let bits: __m512i = std::mem::transmute(x);
+            _mm512_storeu_si512(p.add(c / 2 * 16).cast(), bits);
+            l = V(_mm512_dpbf16_ps(l.0, x, ones));
+        }
+        l
+    }
+}
+
+impl PackV for Pairs {
+    type Vec = V;
+    #[inline(always)]
+    unsafe fn pack_v<L: Load<V>>(rows: *const *const u8, keys: usize, bytes: usize, dp: usize, dst: *mut u32) {
+        let half = |row: *const u8, at: usize| {
+            if row.is_null() || at >= bytes {
+                return _mm512_setzero_si512();
+            }
+            let lanes = ((bytes - at) / 2).min(16);
+            let x = if lanes == 16 {
+                _mm256_loadu_si256(row.add(at).cast())
+            } else {
+                _mm256_maskz_loadu_epi16((1u16 << lanes) - 1, row.add(at).cast())
+            };
+            _mm512_cvtepu16_epi32(x)
+        };
+        for j in (0..keys).step_by(2) {
+            let (a, b) = (*rows.add(j), *rows.add(j + 1));
+            for d in (0..dp).step_by(16) {
+                let x = _mm512_or_si512(half(a, d * 2), _mm512_slli_epi32::<16>(half(b, d * 2)));
+                _mm512_storeu_si512(dst.add(j / 2 * dp + d).cast(), x);
+            }
+        }
+    }
+}
+
+unsafe impl Rows for Pairs {
+    const CHUNK_BYTES: usize = 64;
+    const CHUNK: usize = 32;
+    #[inline(always)]
+    unsafe fn load_k(p: *const u8) -> __m512bh {
+        bh(_mm512_loadu_si512(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn load_v(a: *const u8, b: *const u8) -> [__m512bh; 2] {
+        let (x, y) = (_mm512_loadu_si512(a.cast()), _mm512_loadu_si512(b.cast()));
+        [bh(_mm512_unpacklo_epi16(x, y)), bh(_mm512_unpackhi_epi16(x, y))]
+    }
+    fn order(i: usize, lane: usize) -> usize {
+        lane / 4 * 8 + i * 4 + lane % 4
+    }
+}
+
+mod base {
+    use super::*;
+    instantiate_common! { #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]; vector V; }
+    instantiate! {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")];
+        vector V;
+        panel f32: Float<V>, load Raw, 12 x 2, tiles 1, pv 6 x 4;
+        panel bf16: Float<V>, load Bf16, 12 x 2, tiles 1, pv 6 x 4;
+        panel f16: Float<V>, load F16, 12 x 2, tiles 1, pv 6 x 4;
+        rows f32_rows: FloatRows<V, Raw>, pv 8, 8, 4, 2;
+        rows bf16_rows: FloatRows<V, Bf16>, pv 8, 8, 4, 2;
+        rows f16_rows: FloatRows<V, F16>, pv 8, 8, 4, 2;
+    }
+}
+
+mod dot {
+    use super::*;
+    instantiate! {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")];
+        vector V;
+        panel pairs: Pairs, load Raw, 6 x 4, tiles 1, pv 6 x 4;
+        rows pairs_rows: Pairs, pv 8, 8, 4, 2;
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn peak_f32(rounds: usize) -> u64 {
+    let mut acc = [_mm512_setzero_ps(); 24];
+    let (a, b) = (_mm512_set1_ps(std::hint::black_box(1e-3)), _mm512_set1_ps(std::hint::black_box(0.9999)));
+    for _ in 0..rounds {
+        for x in &mut acc {
+            *x = _mm512_fmadd_ps(*x, b, a);
+        }
+    }
+    let sum = acc.iter().fold(_mm512_setzero_ps(), |s, x| _mm512_add_ps(s, *x));
+    std::hint::black_box(_mm512_reduce_add_ps(sum));
+    rounds as u64 * 24 * 32
+}
+
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn peak_bf16(rounds: usize) -> u64 {
+    let mut acc = [_mm512_setzero_ps(); 24];
+    let a = bh(_mm512_set1_epi32(std::hint::black_box(0x3f00_3f00)));
+    let b = bh(_mm512_set1_epi32(std::hint::black_box(0x3f00_3f00)));
+    for _ in 0..rounds {
+        for x in &mut acc {
+            *x = _mm512_dpbf16_ps(*x, a, b);
+        }
+    }
+    let sum = acc.iter().fold(_mm512_setzero_ps(), |s, x| _mm512_add_ps(s, *x));
+    std::hint::black_box(_mm512_reduce_add_ps(sum));
+    rounds as u64 * 24 * 64
+}
+
+/// AVX-512 without BF16 dot products: everything in float32.
+pub const AVX512: Kernels = Kernels {
+    panel: |dtype| match dtype {
+        DType::F32 => base::f32::KERNEL,
+        DType::BF16 => base::bf16::KERNEL,
+        DType::F16 => base::f16::KERNEL,
+    },
+    rows: |dtype| match dtype {
+        DType::F32 => base::f32_rows::KERNEL,
+        DType::BF16 => base::bf16_rows::KERNEL,
+        DType::F16 => base::f16_rows::KERNEL,
+    },
+    rotate: base::rotate,
+    accumulate: base::accumulate,
+    finish: base::finish,
+    peak: |_| peak_f32,
+};
+
+/// AVX-512 with BF16 dot products for bf16 inputs.
+pub const AVX512_BF16: Kernels = Kernels {
+    panel: |dtype| if dtype == DType::BF16 { dot::pairs::KERNEL } else { (AVX512.panel)(dtype) },
+    rows: |dtype| if dtype == DType::BF16 { dot::pairs_rows::KERNEL } else { (AVX512.rows)(dtype) },
+    peak: |dtype| if dtype == DType::BF16 { peak_bf16 } else { peak_f32 },
+    ..AVX512
+};

@@ -1,0 +1,34 @@
+//! Long-context attention for Llama: the core of `llama1m_ext`.
+//!
+//! Floors, imports pointing downward only:
+//!
+//! ```text
+//! door         py            pyo3: tensors come in, errors go out (feature `python`)
+//! operations   attention     check once, choose the kernel
+//! engine       cpu           attention_forward, attention_decode, rope_apply, merge_partials
+//! mathematics  args softmax tiling rope reference
+//! words        error dtype tensor
+//! ```
+//!
+//! Vocabulary: q, k, v are `[batch, heads, len, head_dim]`; `group = q_heads / kv_heads`; a *block* is a tile of
+//! computation, a *page* a unit of KV storage, a *chunk* a run of queries in prefill; a *partial* is `(out, lse)` over
+//! some keys, and partials are *merged*. The core owns no tensor: it computes over borrowed memory and returns.
+
+pub mod args;
+pub mod attention;
+pub mod cpu;
+pub mod dtype;
+pub mod error;
+#[cfg(feature = "python")]
+mod py;
+pub mod reference;
+pub mod rope;
+pub mod softmax;
+pub mod tensor;
+pub mod tiling;
+
+pub use args::{AttnArgs, KvRef};
+pub use cpu::Context;
+pub use dtype::DType;
+pub use error::{Error, Result};
+pub use tensor::{TensorMut, TensorRef};

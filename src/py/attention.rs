@@ -1,0 +1,109 @@
+//! `attention` and `merge_partials` for Python.
+
+use pyo3::prelude::*;
+
+use super::error::raise;
+use super::{detached, tensor};
+use crate::args::{AttnArgs, KvRef};
+use crate::attention as operation;
+use crate::error::Error;
+
+/// One entry for each batch row: from an int64 vector, or one int for all rows.
+fn per_row(name: &str, o: Option<&Bound<'_, PyAny>>, batch: usize) -> PyResult<Option<Vec<i64>>> {
+    let Some(o) = o else { return Ok(None) };
+    if let Ok(x) = o.extract::<i64>() {
+        return Ok(Some(vec![x; batch]));
+    }
+    let (values, shape) = tensor::int64s(name, o)?;
+    if shape != [batch] {
+        return Err(raise(Error::value(name, format!("an int or shape [{batch}]"), format!("shape {shape:?}"))));
+    }
+    Ok(Some(values))
+}
+
+/// Exact attention on CPU tensors or numpy arrays, written to `out` and `lse`.
+///
+/// `path` is "auto", "prefill" or "decode". See `llama1m_ext.ops.attention`.
+#[pyfunction]
+#[pyo3(signature = (q, k, v, out, lse=None, *, causal=true, softmax_scale=None, q_start=None, kv_start=None, kv_end=None, kv_len=None, threads=1, path="auto"))]
+#[allow(clippy::too_many_arguments)] // Python's keywords
+pub fn attention(
+    py: Python<'_>,
+    q: &Bound<'_, PyAny>,
+    k: &Bound<'_, PyAny>,
+    v: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    lse: Option<&Bound<'_, PyAny>>,
+    causal: bool,
+    softmax_scale: Option<f64>,
+    q_start: Option<i64>,
+    kv_start: Option<&Bound<'_, PyAny>>,
+    kv_end: Option<&Bound<'_, PyAny>>,
+    kv_len: Option<usize>,
+    threads: usize,
+    path: &str,
+) -> PyResult<()> {
+    let run = match path {
+        "auto" => operation::attention,
+        "prefill" => operation::attention_forward,
+        "decode" => operation::attention_decode,
+        _ => return Err(raise(Error::value("path", "auto, prefill or decode", path))),
+    };
+    let (k_pages, v_pages) = (tensor::items(k)?, tensor::items(v)?);
+    let view = |name: &str, pages: &[Bound<'_, PyAny>], i: usize| {
+        if pages.len() == 1 { name.to_string() } else { format!("{name}[{i}]") }
+    };
+    let mut ks = Vec::with_capacity(k_pages.len());
+    for (i, o) in k_pages.iter().enumerate() {
+        ks.push(tensor::rows(&view("k", &k_pages, i), o)?);
+    }
+    let mut vs = Vec::with_capacity(v_pages.len());
+    for (i, o) in v_pages.iter().enumerate() {
+        vs.push(tensor::rows(&view("v", &v_pages, i), o)?);
+    }
+    let held: usize = ks.iter().map(|p| p.shape()[2]).sum();
+    let q = tensor::rows("q", q)?;
+    let out = tensor::rows_mut("out", out)?;
+    let lse = lse.map(|o| tensor::sums_mut("lse", o)).transpose()?;
+    let batch = q.shape()[0];
+    let starts = per_row("kv_start", kv_start, batch)?;
+    let ends = per_row("kv_end", kv_end, batch)?;
+    let kv = KvRef::paged(ks, vs, kv_len.unwrap_or(held)).map_err(raise)?;
+    let args = AttnArgs {
+        q,
+        kv,
+        out,
+        lse,
+        causal,
+        softmax_scale,
+        q_start,
+        kv_start: starts.as_deref(),
+        kv_end: ends.as_deref(),
+    };
+    detached(py, threads, move |cx| run(args, cx))
+}
+
+/// Joins partials `(outs[i], lses[i])` over disjoint keys into `out` and `lse`.
+#[pyfunction]
+#[pyo3(signature = (outs, lses, out, lse=None, *, threads=1))]
+pub fn merge_partials(
+    py: Python<'_>,
+    outs: &Bound<'_, PyAny>,
+    lses: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    lse: Option<&Bound<'_, PyAny>>,
+    threads: usize,
+) -> PyResult<()> {
+    let (out_items, lse_items) = (tensor::items(outs)?, tensor::items(lses)?);
+    let mut o = Vec::with_capacity(out_items.len());
+    for (i, x) in out_items.iter().enumerate() {
+        o.push(tensor::rows(&format!("outs[{i}]"), x)?);
+    }
+    let mut s = Vec::with_capacity(lse_items.len());
+    for (i, x) in lse_items.iter().enumerate() {
+        s.push(tensor::sums(&format!("lses[{i}]"), x)?);
+    }
+    let out = tensor::rows_mut("out", out)?;
+    let lse = lse.map(|x| tensor::sums_mut("lse", x)).transpose()?;
+    detached(py, threads, move |cx| crate::cpu::merge::merge_partials(&o, &s, out, lse, cx))
+}

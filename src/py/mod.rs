@@ -1,0 +1,49 @@
+//! The door to Python: turns tensors into views, calls an operation without the GIL, turns errors into exceptions.
+
+mod attention;
+mod error;
+mod probe;
+mod rope;
+mod tensor;
+
+use std::cell::RefCell;
+
+use pyo3::prelude::*;
+
+use crate::cpu::Context;
+use crate::error::Result;
+
+/// Runs `work` without the GIL on `threads` threads; a pending signal (Ctrl-C) stops it and is raised.
+fn detached<T: Send>(py: Python<'_>, threads: usize, work: impl Send + FnOnce(&Context) -> Result<T>) -> PyResult<T> {
+    let (done, raised) = py.detach(move || {
+        let raised = RefCell::new(None);
+        let poll = || match Python::attach(|py| py.check_signals()) {
+            Ok(()) => false,
+            Err(e) => {
+                *raised.borrow_mut() = Some(e);
+                true
+            }
+        };
+        let done = work(&Context { threads: threads.clamp(1, 1024), poll: &poll });
+        (done, raised.into_inner())
+    });
+    match raised {
+        Some(e) => Err(e),
+        None => Ok(done.map_err(error::raise)?),
+    }
+}
+
+/// The compiled core of `llama1m_ext`; `llama1m_ext.ops` is the interface meant for people.
+#[pymodule]
+fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    m.add_function(wrap_pyfunction!(attention::attention, m)?)?;
+    m.add_function(wrap_pyfunction!(attention::merge_partials, m)?)?;
+    m.add_function(wrap_pyfunction!(rope::rope_apply, m)?)?;
+    m.add_function(wrap_pyfunction!(rope::cos_sin, m)?)?;
+    m.add_function(wrap_pyfunction!(probe::isa, m)?)?;
+    m.add_function(wrap_pyfunction!(probe::isa_levels, m)?)?;
+    m.add_function(wrap_pyfunction!(probe::peak_flops, m)?)?;
+    m.add_function(wrap_pyfunction!(probe::read_seconds, m)?)?;
+    Ok(())
+}

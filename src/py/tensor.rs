@@ -1,0 +1,327 @@
+//! torch tensors and numpy arrays as views: type, device, dtype, shape, strides and memory are read from the object
+//! itself and checked against its storage, so that no argument can make the core read out of bounds.
+
+use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyList, PyString, PyTuple};
+
+use super::error::raise;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::tensor::{TensorMut, TensorRef, span};
+
+/// What torch gives once: its tensor type and dtypes, compared by identity.
+struct Torch {
+    tensor: Py<PyAny>,
+    strided: Py<PyAny>,
+    float32: Py<PyAny>,
+    bfloat16: Py<PyAny>,
+    float16: Py<PyAny>,
+    float64: Py<PyAny>,
+    int64: Py<PyAny>,
+}
+
+static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
+
+/// torch, if somebody imported it: a program without it has no tensors to give us.
+fn torch(py: Python<'_>) -> PyResult<Option<&Torch>> {
+    if let Some(t) = TORCH.get(py) {
+        return Ok(Some(t));
+    }
+    let modules = py.import("sys")?.getattr("modules")?;
+    let Ok(torch) = modules.get_item("torch") else { return Ok(None) };
+    let get = |name: &str| torch.getattr(name).map(Bound::unbind);
+    let made = Torch {
+        tensor: get("Tensor")?,
+        strided: get("strided")?,
+        float32: get("float32")?,
+        bfloat16: get("bfloat16")?,
+        float16: get("float16")?,
+        float64: get("float64")?,
+        int64: get("int64")?,
+    };
+    Ok(Some(TORCH.get_or_init(py, || made)))
+}
+
+/// Element types that cross the door.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Real(DType),
+    F64,
+    I64,
+}
+
+impl Kind {
+    fn size(self) -> usize {
+        match self {
+            Self::Real(d) => d.size(),
+            Self::F64 | Self::I64 => 8,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Real(d) => d.name(),
+            Self::F64 => "float64",
+            Self::I64 => "int64",
+        }
+    }
+}
+
+/// A checked strided array: `bytes` are readable from `ptr` on.
+struct Array {
+    ptr: *mut u8,
+    bytes: usize,
+    kind: Kind,
+    shape: Vec<usize>,
+    stride: Vec<usize>,
+    writeable: bool,
+}
+
+fn type_name(o: &Bound<'_, PyAny>) -> String {
+    o.get_type().fully_qualified_name().map_or_else(|_| "an object".into(), |n| n.to_string())
+}
+
+impl Array {
+    fn new(name: &str, o: &Bound<'_, PyAny>) -> PyResult<Self> {
+        if let Some(t) = torch(o.py())? {
+            if o.is_instance(t.tensor.bind(o.py()))? {
+                return Self::from_torch(name, o, t);
+            }
+        }
+        match o.cast::<PyUntypedArray>() {
+            Ok(a) => Self::from_numpy(name, a),
+            Err(_) => Err(raise(Error::type_(name, "a torch.Tensor (or a numpy array)", type_name(o)))),
+        }
+    }
+
+    fn from_torch(name: &str, o: &Bound<'_, PyAny>, t: &Torch) -> PyResult<Self> {
+        let py = o.py();
+        let device = o.getattr("device")?;
+        if device.getattr("type")?.cast::<PyString>()?.to_cow()? != "cpu" {
+            return Err(raise(Error::type_(name, "a CPU tensor", format!("a tensor on {device}"))));
+        }
+        let layout = o.getattr("layout")?;
+        if !layout.is(&t.strided) {
+            return Err(raise(Error::type_(name, "a dense (strided) tensor", layout)));
+        }
+        let dtype = o.getattr("dtype")?;
+        let kind = if dtype.is(&t.bfloat16) {
+            Kind::Real(DType::BF16)
+        } else if dtype.is(&t.float32) {
+            Kind::Real(DType::F32)
+        } else if dtype.is(&t.float16) {
+            Kind::Real(DType::F16)
+        } else if dtype.is(&t.int64) {
+            Kind::I64
+        } else if dtype.is(&t.float64) {
+            Kind::F64
+        } else {
+            return Err(raise(Error::type_(
+                name,
+                "a dtype of float32, bfloat16 or float16 (positions: int64, inv_freq: float64)",
+                dtype,
+            )));
+        };
+        let shape: Vec<usize> = o.getattr("shape")?.extract()?;
+        let stride: Vec<usize> = o.call_method0("stride")?.extract()?;
+        // Through the base class, past any override in a subclass.
+        let tensor = t.tensor.bind(py);
+        let ptr: usize = tensor.call_method1("data_ptr", (o,))?.extract()?;
+        let storage = tensor.call_method1("untyped_storage", (o,))?;
+        let (base, size): (usize, usize) =
+            (storage.call_method0("data_ptr")?.extract()?, storage.call_method0("nbytes")?.extract()?);
+        let made = Self {
+            ptr: ptr as *mut u8,
+            bytes: (base + size).saturating_sub(ptr),
+            kind,
+            shape,
+            stride,
+            writeable: true,
+        };
+        if made.shape.contains(&0) {
+            return Ok(made);
+        }
+        if ptr == 0 || ptr < base {
+            return Err(raise(Error::type_(
+                name,
+                "a tensor with memory of its own",
+                "one without (meta, fake or a wrapper)",
+            )));
+        }
+        made.bounded(name).map_err(raise)
+    }
+
+    fn from_numpy(name: &str, a: &Bound<'_, PyUntypedArray>) -> PyResult<Self> {
+        let py = a.py();
+        let dtype = a.dtype();
+        let kind = if dtype.is_equiv_to(&numpy::dtype::<f32>(py)) {
+            Kind::Real(DType::F32)
+        } else if dtype.is_equiv_to(&numpy::dtype::<i64>(py)) {
+            Kind::I64
+        } else if dtype.is_equiv_to(&numpy::dtype::<f64>(py)) {
+            Kind::F64
+        } else if dtype.kind() == b'f' && dtype.itemsize() == 2 && dtype.is_native_byteorder().unwrap_or(false) {
+            Kind::Real(DType::F16)
+        } else {
+            return Err(raise(Error::type_(
+                name,
+                "float32 or float16 (positions: int64, inv_freq: float64) in native byte order",
+                dtype,
+            )));
+        };
+        let size = kind.size();
+        let mut stride = Vec::with_capacity(a.ndim());
+        for (n, s) in a.shape().iter().zip(a.strides()) {
+            let ok = *s >= 0 && *s as usize % size == 0;
+            if !ok && *n > 1 {
+                return Err(raise(Error::value(
+                    name,
+                    "strides that are whole, non-negative numbers of elements",
+                    format!("{s} bytes"),
+                )));
+            }
+            stride.push(if ok { *s as usize / size } else { 0 });
+        }
+        // SAFETY: a live array object; its fields are read only.
+        let (ptr, flags) = unsafe { ((*a.as_array_ptr()).fields.data, (*a.as_array_ptr()).fields.flags) };
+        let shape = a.shape().to_vec();
+        // numpy vouches for every element of its own array.
+        let bytes = span(&shape, &stride).and_then(|n| n.checked_mul(size)).unwrap_or(0);
+        let writeable = flags & numpy::npyffi::NPY_ARRAY_WRITEABLE != 0;
+        Ok(Self { ptr: ptr.cast(), bytes, kind, shape, stride, writeable })
+    }
+
+    fn bounded(self, name: &str) -> Result<Self> {
+        match span(&self.shape, &self.stride) {
+            Some(n) if n.checked_mul(self.kind.size()).is_some_and(|b| b <= self.bytes) => Ok(self),
+            _ => Err(Error::value(
+                name,
+                format!("a view inside its storage of {} bytes", self.bytes),
+                format!("shape {:?} with strides {:?}", self.shape, self.stride),
+            )),
+        }
+    }
+
+    /// Shape and strides padded to rank 4: `[batch, heads, len]` gets a last axis of 1.
+    fn rank4(&self, name: &str, rank: usize, axes: &str) -> Result<(DType, [usize; 4], [usize; 4])> {
+        let Kind::Real(dtype) = self.kind else {
+            return Err(Error::type_(name, "float32, bfloat16 or float16", self.kind.name()));
+        };
+        if self.shape.len() != rank {
+            return Err(Error::value(name, axes, format!("shape {:?}", self.shape)));
+        }
+        let (mut shape, mut stride) = ([1; 4], [1; 4]);
+        shape[..rank].copy_from_slice(&self.shape);
+        stride[..rank].copy_from_slice(&self.stride);
+        Ok((dtype, shape, stride))
+    }
+}
+
+const ROWS: &str = "[batch, heads, len, head_dim]";
+const SUMS: &str = "[batch, heads, len]";
+
+/// A view to read, `[batch, heads, len, head_dim]`, or `[batch, heads, len]` where `rank` is 3.
+///
+/// The view lives as long as the object, which the caller keeps.
+fn read<'a>(name: &str, o: &'a Bound<'_, PyAny>, rank: usize) -> PyResult<TensorRef<'a>> {
+    let a = Array::new(name, o)?;
+    let (dtype, shape, stride) = a.rank4(name, rank, if rank == 4 { ROWS } else { SUMS }).map_err(raise)?;
+    // SAFETY: the array was checked against its storage, which the object keeps alive.
+    unsafe { TensorRef::from_raw(name, a.ptr, a.bytes, dtype, shape, stride) }.map_err(raise)
+}
+
+/// `[batch, heads, len, head_dim]` to read.
+pub fn rows<'a>(name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorRef<'a>> {
+    read(name, o, 4)
+}
+
+/// `[batch, heads, len]` to read.
+pub fn sums<'a>(name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorRef<'a>> {
+    read(name, o, 3)
+}
+
+fn write<'a>(name: &str, o: &'a Bound<'_, PyAny>, rank: usize) -> PyResult<TensorMut<'a>> {
+    let a = Array::new(name, o)?;
+    if !a.writeable {
+        return Err(raise(Error::value(name, "a writeable array", "a read-only one")));
+    }
+    let (dtype, shape, stride) = a.rank4(name, rank, if rank == 4 { ROWS } else { SUMS }).map_err(raise)?;
+    // SAFETY: as in `read`; the caller hands over an output that nobody else uses meanwhile.
+    unsafe { TensorMut::from_raw(name, a.ptr, a.bytes, dtype, shape, stride) }.map_err(raise)
+}
+
+/// `[batch, heads, len, head_dim]` to write.
+pub fn rows_mut<'a>(name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorMut<'a>> {
+    write(name, o, 4)
+}
+
+/// `[batch, heads, len]` to write.
+pub fn sums_mut<'a>(name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorMut<'a>> {
+    write(name, o, 3)
+}
+
+/// The items of a list or tuple, or the object itself as the only one.
+pub fn items<'py>(o: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    if o.is_instance_of::<PyList>() || o.is_instance_of::<PyTuple>() {
+        return o.try_iter()?.collect();
+    }
+    Ok(vec![o.clone()])
+}
+
+/// All elements of an int64 or float64 array, in order, whatever its strides.
+fn values<T: Copy>(name: &str, a: &Array) -> Result<Vec<T>> {
+    let n: usize = a.shape.iter().product();
+    let mut out = Vec::new();
+    out.try_reserve_exact(n).map_err(|e| Error::Resources(format!("{name}: {e}")))?;
+    let mut index = vec![0usize; a.shape.len()];
+    for _ in 0..n {
+        let at: usize = index.iter().zip(&a.stride).map(|(i, s)| i * s).sum();
+        // SAFETY: inside the shape, which was checked against the memory.
+        out.push(unsafe { a.ptr.cast::<T>().add(at).read_unaligned() });
+        for d in (0..index.len()).rev() {
+            index[d] += 1;
+            if index[d] < a.shape[d] {
+                break;
+            }
+            index[d] = 0;
+        }
+    }
+    Ok(out)
+}
+
+/// int64 values and their shape, from a tensor or an array.
+pub fn int64s(name: &str, o: &Bound<'_, PyAny>) -> PyResult<(Vec<i64>, Vec<usize>)> {
+    let a = Array::new(name, o)?;
+    if a.kind != Kind::I64 {
+        return Err(raise(Error::type_(name, "int64", a.kind.name())));
+    }
+    Ok((values(name, &a).map_err(raise)?, a.shape))
+}
+
+/// float64 values of a vector, from a tensor or an array.
+pub fn float64s(name: &str, o: &Bound<'_, PyAny>) -> PyResult<Vec<f64>> {
+    let a = Array::new(name, o)?;
+    if a.kind != Kind::F64 {
+        return Err(raise(Error::type_(name, "float64", a.kind.name())));
+    }
+    if a.shape.len() != 1 {
+        return Err(raise(Error::value(name, "a vector", format!("shape {:?}", a.shape))));
+    }
+    values(name, &a).map_err(raise)
+}
+
+/// The bytes of a contiguous tensor or array, for measuring how fast they can be read.
+pub fn bytes<'a>(name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<&'a [u8]> {
+    let a = Array::new(name, o)?;
+    let n: usize = a.shape.iter().product();
+    if span(&a.shape, &a.stride) != Some(n) {
+        return Err(raise(Error::value(name, "a contiguous tensor", format!("strides {:?}", a.stride))));
+    }
+    if n == 0 {
+        return Ok(&[]);
+    }
+    // SAFETY: checked against the storage, which the object keeps alive; the bytes are only read.
+    Ok(unsafe { std::slice::from_raw_parts(a.ptr, n * a.kind.size()) })
+}

@@ -1,0 +1,201 @@
+//! Borrowed rank-4 memory: pointer, shape, strides, dtype. The core owns no tensor.
+//!
+//! Axes are always `[batch, heads, len, head_dim]`; strides are in elements, never negative, and the last one is 1.
+//! Offsets are 64-bit: one layer's q at 2^20 tokens has exactly 2^32 elements.
+
+use std::marker::PhantomData;
+
+use crate::dtype::{DType, Element};
+use crate::error::{Error, Result};
+
+/// A view `[batch, heads, len, head_dim]` that may be read.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorRef<'a> {
+    ptr: *const u8,
+    dtype: DType,
+    shape: [usize; 4],
+    stride: [usize; 4],
+    life: PhantomData<&'a u8>,
+}
+
+// SAFETY: a TensorRef is only ever read through, like `&[u8]`.
+unsafe impl Send for TensorRef<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for TensorRef<'_> {}
+
+/// A view `[batch, heads, len, head_dim]` that may be written; engines write disjoint rows from several threads.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorMut<'a> {
+    ptr: *mut u8,
+    dtype: DType,
+    shape: [usize; 4],
+    stride: [usize; 4],
+    life: PhantomData<&'a mut u8>,
+}
+
+// SAFETY: engines hand each row to one task; the type itself shares nothing.
+unsafe impl Send for TensorMut<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for TensorMut<'_> {}
+
+/// Elements from the first to the last one that the view can touch, or None on overflow; 0 for an empty view.
+pub fn span(shape: &[usize], stride: &[usize]) -> Option<usize> {
+    if shape.contains(&0) {
+        return Some(0);
+    }
+    let mut last = 0usize;
+    for (&n, &s) in shape.iter().zip(stride) {
+        last = last.checked_add((n - 1).checked_mul(s)?)?;
+    }
+    last.checked_add(1).filter(|n| *n <= isize::MAX as usize / 4)
+}
+
+fn check(name: &str, dtype: DType, shape: [usize; 4], stride: [usize; 4], bytes: usize) -> Result<()> {
+    if shape[3] > 1 && stride[3] != 1 {
+        return Err(Error::value(name, "a contiguous last axis (stride 1)", format!("stride {}", stride[3])));
+    }
+    match span(&shape, &stride) {
+        Some(n) if n * dtype.size() <= bytes => Ok(()),
+        _ => Err(Error::value(
+            name,
+            format!("a view inside its memory of {bytes} bytes"),
+            format!("shape {shape:?} with strides {stride:?} of {}", dtype.name()),
+        )),
+    }
+}
+
+impl<'a> TensorRef<'a> {
+    /// A view over raw memory of `bytes` readable bytes from `ptr` on.
+    ///
+    /// # Errors
+    /// When the last axis is not contiguous or the view leaves the memory.
+    ///
+    /// # Safety
+    /// `ptr` is valid for reads of `bytes` bytes for `'a`.
+    pub unsafe fn from_raw(
+        name: &str,
+        ptr: *const u8,
+        bytes: usize,
+        dtype: DType,
+        shape: [usize; 4],
+        stride: [usize; 4],
+    ) -> Result<Self> {
+        check(name, dtype, shape, stride, bytes)?;
+        Ok(Self { ptr, dtype, shape, stride, life: PhantomData })
+    }
+
+    /// A view over a slice with explicit strides.
+    ///
+    /// # Errors
+    /// When the last axis is not contiguous or the view leaves the slice.
+    pub fn new<T: Element>(name: &str, data: &'a [T], shape: [usize; 4], stride: [usize; 4]) -> Result<Self> {
+        // SAFETY: a slice is valid for its length.
+        unsafe { Self::from_raw(name, data.as_ptr().cast(), size_of_val(data), T::DTYPE, shape, stride) }
+    }
+
+    /// A contiguous view over a slice.
+    ///
+    /// # Errors
+    /// When the slice is too short.
+    pub fn dense<T: Element>(name: &str, data: &'a [T], shape: [usize; 4]) -> Result<Self> {
+        Self::new(name, data, shape, contiguous(shape))
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// `[batch, heads, len, head_dim]`.
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    /// Bytes from one row (token) to the next.
+    pub fn row_bytes(&self) -> usize {
+        self.stride[2] * self.dtype.size()
+    }
+
+    /// Where row `(batch, head, i)` begins. The result is only to be read within `head_dim` elements.
+    #[inline(always)]
+    pub fn row(&self, b: usize, h: usize, i: usize) -> *const u8 {
+        debug_assert!(b < self.shape[0] && h < self.shape[1] && i < self.shape[2]);
+        let at = b * self.stride[0] + h * self.stride[1] + i * self.stride[2];
+        // wrapping_add: no promise is needed to compute the address, only to read it.
+        self.ptr.wrapping_add(at * self.dtype.size())
+    }
+
+    /// One element as float32; bounds are checked. For the reference and for tests.
+    pub fn get(&self, b: usize, h: usize, i: usize, d: usize) -> f32 {
+        let s = self.shape;
+        assert!(b < s[0] && h < s[1] && i < s[2] && d < s[3], "index ({b}, {h}, {i}, {d}) outside {s:?}");
+        // SAFETY: inside the shape, which `check` found inside the memory.
+        unsafe { self.dtype.read(self.row(b, h, i).add(d * self.dtype.size())) }
+    }
+}
+
+impl<'a> TensorMut<'a> {
+    /// A writable view over raw memory of `bytes` bytes from `ptr` on.
+    ///
+    /// # Errors
+    /// When the last axis is not contiguous, the view leaves the memory, or two of its elements share an address
+    /// because a stride is 0.
+    ///
+    /// # Safety
+    /// `ptr` is valid for reads and writes of `bytes` bytes for `'a`, and nobody else reads or writes the view meanwhile.
+    pub unsafe fn from_raw(
+        name: &str,
+        ptr: *mut u8,
+        bytes: usize,
+        dtype: DType,
+        shape: [usize; 4],
+        stride: [usize; 4],
+    ) -> Result<Self> {
+        check(name, dtype, shape, stride, bytes)?;
+        if shape.iter().zip(&stride).any(|(n, s)| *n > 1 && *s == 0) {
+            return Err(Error::value(
+                name,
+                "an output without expanded (stride 0) axes",
+                format!("strides {stride:?}"),
+            ));
+        }
+        Ok(Self { ptr, dtype, shape, stride, life: PhantomData })
+    }
+
+    /// A contiguous writable view over a slice.
+    ///
+    /// # Errors
+    /// When the slice is too short.
+    pub fn dense<T: Element>(name: &str, data: &'a mut [T], shape: [usize; 4]) -> Result<Self> {
+        let bytes = size_of_val(data);
+        // SAFETY: a mutable slice is valid and unshared for its length.
+        unsafe { Self::from_raw(name, data.as_mut_ptr().cast(), bytes, T::DTYPE, shape, contiguous(shape)) }
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// `[batch, heads, len, head_dim]`.
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    /// Where row `(batch, head, i)` begins. The result is only to be used within `head_dim` elements.
+    #[inline(always)]
+    pub fn row(&self, b: usize, h: usize, i: usize) -> *mut u8 {
+        debug_assert!(b < self.shape[0] && h < self.shape[1] && i < self.shape[2]);
+        let at = b * self.stride[0] + h * self.stride[1] + i * self.stride[2];
+        self.ptr.wrapping_add(at * self.dtype.size())
+    }
+}
+
+/// Strides of a dense array of this shape, in elements.
+pub fn contiguous(shape: [usize; 4]) -> [usize; 4] {
+    let mut stride = [1; 4];
+    for a in (0..3).rev() {
+        stride[a] = stride[a + 1] * shape[a + 1].max(1);
+    }
+    stride
+}
