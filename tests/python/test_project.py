@@ -1,0 +1,44 @@
+"""What the project says twice, it says alike."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llama1m_ext import _core
+
+ROOT = Path(__file__).parents[2]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_one_version():
+    crate = re.search(r'^version = "(.+)"$', read("Cargo.toml"), re.MULTILINE)
+    assert crate is not None
+    assert _core.__version__ == crate.group(1)
+    assert f"## {_core.__version__}" in read("CHANGELOG.md")
+
+
+def test_the_oldest_environment_of_ci_is_at_the_floors_of_pyproject():
+    dependencies = read("pyproject.toml").partition("\ndependencies = [")[2].partition("\n]")[0]
+    floors = dict(re.findall(r'"([a-z-]+)>=([0-9.]+)', dependencies))
+    oldest = dict(re.findall(r"^([a-z-]+)==([0-9.]+)$", read(".ci/oldest.txt"), re.MULTILINE))
+    assert set(floors) == set(oldest)
+    for name, floor in floors.items():
+        # The same minor release; a withdrawn or broken patch release may be stepped over.
+        assert oldest[name].split(".")[:2] == floor.split(".")[:2], name
+
+
+def test_no_path_of_one_machine_is_in_the_tree():
+    for path in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("*.toml"),
+        ROOT / "Makefile",
+        *ROOT.glob(".ci/*"),
+        *ROOT.glob("*/*.py"),
+    ]:
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"/(opt|home|work|root)/[a-z]", text), path.name
