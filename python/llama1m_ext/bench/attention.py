@@ -162,7 +162,7 @@ def peak_flops(dtype: str, threads: int, clock: Clock, duration: float = 0.2) ->
     from llama1m_ext import _core
 
     wall, own = Clock("wall").now(), clock.now()
-    rate = _core.peak_flops(dtype, threads, duration)
+    rate = _core.peak_flops(str(DTYPES[dtype]).removeprefix("torch."), threads, duration)
     wall, own = Clock("wall").now() - wall, clock.now() - own
     # The core divides by wall time; on the CPU clock, time that others took from us does not count.
     return rate * wall / own if clock.name == "cpu" else rate

@@ -104,7 +104,7 @@ def case(
     calls += torch_calls(q, k, v, kv_bytes)
 
     def raw_read(clock: Clock) -> float:
-        return kv_bytes / seconds(lambda: _core.read_bandwidth(kv, threads), clock)
+        return kv_bytes / seconds(lambda: _core.read_seconds(kv, threads), clock)
 
     rows = sample_rows(1)
     return Case(
