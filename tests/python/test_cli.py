@@ -85,6 +85,14 @@ def test_the_environment_chooses_the_isa_level(level):
     assert facts["variables"]["LLAMA1M_ISA"] == level
 
 
+def test_env_still_reports_when_the_isa_level_is_not_there():
+    answer = python("-m", "llama1m_ext", "env", "--json", LLAMA1M_ISA="mmx")
+    assert answer.returncode == 0, answer.stderr
+    isa = json.loads(answer.stdout)["cpu"]["isa"]
+    assert isa.startswith("none (LLAMA1M_ISA: expected one of")
+    assert "mmx" in isa
+
+
 def test_bench_writes_json_and_a_plot(tmp_path):
     words = ["bench", "attention", "--squares", "64", "--chunks", "16x80", "--rounds", "1", "--dtypes", "f32"]
     answer = call(*words, "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png"))
