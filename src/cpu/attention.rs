@@ -4,7 +4,7 @@
 //! block of k and v is packed once and used by every panel. Memory beyond the outputs is one scratch per thread, a
 //! few hundred rows, whatever the lengths.
 
-use super::arch::PanelKernel;
+use super::arch::{PanelKernel, prefetch};
 use super::kernels::{M_INIT, Panel};
 use super::partials::Partials;
 use super::scratch::Plan;
@@ -187,7 +187,16 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
             vrows[n..kernel.keys].fill(std::ptr::null());
             (kernel.pack_k)(krows.as_ptr(), row_bytes, plans.units, at(s.k).cast());
             (kernel.pack_v)(vrows.as_ptr(), row_bytes, plans.dp, at(s.v).cast());
+            // The next block's rows are asked for while this one computes: from memory they'd cost 5% of the time.
+            let ahead = (k0 + n < hi).then(|| p.kv.run(t.b, t.kv_head, k0 + n, (k0 + n + kernel.keys).min(hi)));
+            let per_panel = kernel.keys.div_ceil(panels);
             for panel in 0..panels {
+                if let Some(run) = &ahead {
+                    for j in panel * per_panel..((panel + 1) * per_panel).min(run.len) {
+                        prefetch(run.k.wrapping_add(j * run.k_stride), row_bytes);
+                        prefetch(run.v.wrapping_add(j * run.v_stride), row_bytes);
+                    }
+                }
                 let r0 = panel * kernel.rows;
                 let query = |r: usize| t.q0 + r.min(rows - 1) / p.group;
                 // Intervals end later for later queries, so the first row sees least and the last one most.

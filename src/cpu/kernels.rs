@@ -47,6 +47,20 @@ pub struct Panel {
     pub hi: *const i32,
 }
 
+/// Repeats a block with `$r` = 0, 1 ... $n - 1 as constants ($n up to 12). A `for` is left to LLVM, which stops unrolling
+/// past a size and then keeps the accumulators in memory: float32 ran at half its speed.
+macro_rules! unroll {
+    ($r:ident < $n:expr => $body:block) => {
+        unroll!(@ $r, $n, $body, 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    (@ $r:ident, $n:expr, $body:block, $($i:literal)*) => {
+        $(if $i < $n {
+            let $r: usize = $i;
+            $body
+        })*
+    };
+}
+
 #[inline(always)]
 unsafe fn max_of<V: Vector, const C: usize>(row: &[V; C]) -> V {
     let mut t = row[0];
@@ -93,35 +107,35 @@ unsafe fn panel_masked<
             for c in 1..C {
                 b[c] = D::load(k.add(c * lanes));
             }
-            for r in 0..R {
+            unroll!(r < R => {
                 let x = D::splat(q.add(r));
                 for c in 0..C {
                     s[r][c] = D::dot(s[r][c], x, b[c]);
                 }
-            }
+            });
             q = q.add(R);
             k = k.add(keys);
         }
         if MASK {
-            for r in 0..R {
+            unroll!(r < R => {
                 let hi = *a.hi.add(r);
                 for c in 0..C {
                     s[r][c] = s[r][c].keep_below(((t * C + c) * lanes) as i32, hi);
                 }
-            }
+            });
         }
         // Does any score exceed its row's reference by more than SLACK?
         let mut excess = D::V::splat(f32::NEG_INFINITY);
-        for r in 0..R {
+        unroll!(r < R => {
             // In this order a NaN in one row can't hide another row's excess.
             excess = max_of(&s[r]).mul_sub(scale, D::V::splat(*a.m.add(r))).max(excess);
-        }
+        });
         if excess.any_gt(SLACK) {
             // Rare after the first blocks. Nothing is called here, so the accumulators need not be spilled for it.
             let mut top = [0.0f32; R];
-            for r in 0..R {
+            unroll!(r < R => {
                 top[r] = max_of(&s[r]).reduce_max();
-            }
+            });
             for r in 0..R {
                 let new = top[r] * a.scale;
                 let old = *a.m.add(r);
@@ -144,7 +158,7 @@ unsafe fn panel_masked<
                 }
             }
         }
-        for r in 0..R {
+        unroll!(r < R => {
             let m = D::V::splat(*a.m.add(r));
             let mut e = s[r];
             for c in 0..C {
@@ -152,7 +166,7 @@ unsafe fn panel_masked<
             }
             let l = a.l.add(r * lanes);
             D::put_p(&e, a.p.add(r * p_stride + t * C * lanes / D::PAIR), D::V::load(l)).store(l);
-        }
+        });
     }
     // o += p v
     let steps = keys / D::PAIR;
@@ -167,21 +181,21 @@ unsafe fn panel_masked<
                 for c in 1..PC {
                     b[c] = D::load(v.add(c * lanes));
                 }
-                for r in 0..PR {
+                unroll!(r < PR => {
                     let x = D::splat(p.add(r * p_stride));
                     for c in 0..PC {
                         s[r][c] = D::dot(s[r][c], x, b[c]);
                     }
-                }
+                });
                 p = p.add(1);
                 v = v.add(a.dp);
             }
-            for r in 0..PR {
+            unroll!(r < PR => {
                 for c in 0..PC {
                     let at = o.add(r * a.dp + c * lanes);
                     D::V::load(at).add(s[r][c]).store(at);
                 }
-            }
+            });
             d += PC * lanes;
         }
     }
