@@ -199,9 +199,7 @@ def test_both_benches_run_report_and_draw(tmp_path, capsys):
     assert "max error" in text
 
 
-def test_onnxruntime_where_it_is_installed():
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
+def test_onnxruntime_as_a_peer():
     one = attention.case("f32", 64, 64, (4, 2, 64), threads=1, peers=["onnxruntime"])
     call = one.calls[-1]
     assert call.name.startswith("onnxruntime")
