@@ -33,7 +33,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="Small shapes, few rounds: 
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(min=512, help="Length of the prompt, in tokens.")] = 131072,
+    tokens: Annotated[int, typer.Option(min=256, max=1_048_576, help="Length of the prompt, in tokens.")] = 131072,
     text: Annotated[Path | None, typer.Option(help="Hide the needle in this text, not in the book shipped.")] = None,
     depth: Annotated[float | None, typer.Option(min=0, max=1, help="Where in the text: 0 start, 1 end.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses the needle, and its place unless --depth does.")] = 0,
