@@ -273,6 +273,18 @@ impl Problem<'_> {
         (lo as usize, hi.max(lo) as usize)
     }
 
+    /// What kernels multiply q k^T by to get scores in base 2: the magnitude of softmax_scale. Its sign is put into q
+    /// (see [`Problem::q_sign`]), and for 0 q counts as zeros, so that a hidden key's -inf is never multiplied by 0.
+    pub fn scale_log2(&self) -> f32 {
+        let scale = self.softmax_scale.abs();
+        if scale == 0.0 { 1.0 } else { scale * std::f32::consts::LOG2_E }
+    }
+
+    /// What each element of q is multiplied by: 1, -1 or 0.
+    pub fn q_sign(&self) -> f32 {
+        if self.softmax_scale == 0.0 { 0.0 } else { self.softmax_scale.signum() }
+    }
+
     /// The keys that any of the queries `i0..i1` of batch row `b` sees: the union of their intervals.
     pub fn visible_span(&self, b: usize, i0: usize, i1: usize) -> (usize, usize) {
         // hi grows with i and lo does not depend on it, so the last query sees the union.

@@ -153,7 +153,7 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
     // Splits are whole blocks.
     let share = (hi - lo).div_ceil(plans.tiling.splits).next_multiple_of(kernel.keys);
     let (lo, hi) = ((lo + t.split * share).min(hi), (lo + (t.split + 1) * share).min(hi));
-    let scale = p.softmax_scale.abs() * std::f32::consts::LOG2_E;
+    let scale = p.scale_log2();
     // SAFETY: offsets and sizes are the plan's; k and v rows come from runs inside validated views.
     unsafe {
         let at = |offset: usize| scratch.add(offset);
@@ -233,16 +233,22 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
 /// Most keys of any kernel's block.
 const MAX_KEYS: usize = 64;
 
-/// Rows of q to `[panel][units][R]`; a negative softmax_scale turns their signs, so that kernels see its magnitude.
+/// Rows of q to `[panel][units][R]`; the sign of softmax_scale is put into them.
 unsafe fn pack_q(p: &Problem, plans: &Plans, t: &Task, dst: *mut u32) {
     let (r_of, pair) = (plans.kernel.rows, plans.kernel.pair);
     let rows = (t.q1 - t.q0) * p.group;
     let dtype = p.q.dtype();
-    let flip: u32 = match (p.softmax_scale < 0.0, pair) {
+    let sign = p.q_sign();
+    let flip: u32 = match (sign < 0.0, pair) {
         (false, _) => 0,
         (true, 1) => 0x8000_0000,
         (true, _) => 0x8000_8000,
     };
+    if sign == 0.0 {
+        // SAFETY: whole panels of q were planned.
+        unsafe { std::ptr::write_bytes(dst, 0, rows.next_multiple_of(r_of) * plans.units) };
+        return;
+    }
     for r in 0..rows.next_multiple_of(r_of) {
         // SAFETY: the destination was planned for whole panels; the source row is inside q and read within head_dim.
         unsafe {

@@ -188,7 +188,7 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
                     o,
                     s: at(plans.s).cast(),
                     chunks: plans.dp / plans.chunk,
-                    scale: p.softmax_scale.abs() * std::f32::consts::LOG2_E,
+                    scale: p.scale_log2(),
                     hi: limits.as_ptr(),
                 });
                 done += n;
@@ -201,7 +201,7 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
 /// Rows of q to `[rows][dp / PAIR]` operand units, zero beyond head_dim and for rows beyond the task's.
 unsafe fn pack_q(p: &Problem, plans: &Plans, t: &Task, rows: usize, dst: *mut u8) {
     let dtype = p.q.dtype();
-    let negative = p.softmax_scale < 0.0;
+    let sign = p.q_sign();
     let size = 4 / plans.kernel.pair;
     for r in 0..rows {
         for d in 0..plans.dp {
@@ -213,7 +213,7 @@ unsafe fn pack_q(p: &Problem, plans: &Plans, t: &Task, rows: usize, dst: *mut u8
                     let (i, head) = place(p, t, r);
                     x = dtype.read(p.q.row(t.b, head, i).add(d * dtype.size()));
                 }
-                let x = if negative { -x } else { x };
+                let x = if sign == 0.0 { 0.0 } else { x * sign };
                 if size == 4 { DType::F32.write(to, x) } else { dtype.write(to, x) }
             }
         }

@@ -13,6 +13,7 @@
 
 #![allow(clippy::undocumented_unsafe_blocks, clippy::missing_safety_doc)] // one contract: vector.rs, and the field docs below
 #![allow(unsafe_op_in_unsafe_fn)]
+#![allow(clippy::needless_range_loop)] // rows and columns of a register tile are indices
 
 use super::vector::{Dot, Load, MAX_LANES, Vector, load_upto};
 

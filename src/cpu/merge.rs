@@ -76,10 +76,9 @@ pub fn merge_partials(
     if out.shape() != shape {
         return Err(Error::value("out", format!("{shape:?}"), format!("{:?}", out.shape())));
     }
-    if let Some(lse) = &lse {
-        if lse.dtype() != DType::F32 || lse.shape() != rows {
-            return Err(Error::value("lse", format!("float32 {:?}", &rows[..3]), format!("{:?}", &lse.shape()[..3])));
-        }
+    if let Some(lse) = lse.as_ref().filter(|l| l.dtype() != DType::F32 || l.shape() != rows) {
+        let got = format!("{} {:?}", lse.dtype().name(), &lse.shape()[..3]);
+        return Err(Error::value("lse", format!("float32 {:?}", &rows[..3]), got));
     }
     let kernels = isa::active()?.kernels;
     let [batch, heads, len, head_dim] = shape;

@@ -3,16 +3,21 @@
 //! Nothing is packed: at so few rows the cache is read at the speed of memory, so every K and V byte is touched once,
 //! in order, and the arithmetic stays in registers. R rows x KT keys = 16 dot products accumulate side by side and are
 //! summed across lanes together ([`Vector::sum16`], about 3 operations a product).
+//!
+//! Memory is kept busy in both halves of a block: while k is multiplied this block's v rows are asked for, while v is
+//! multiplied the next block's k rows. A fixed distance ahead in the same stream alone (4 to 32 KiB) reached 66 to 70% of
+//! raw read speed (one thread, 32 heads on 8, head_dim 128, bf16, Zen 5) where this reaches 80 to 84%.
 
 #![allow(clippy::undocumented_unsafe_blocks, clippy::missing_safety_doc)] // one contract: vector.rs, and the field docs below
 #![allow(unsafe_op_in_unsafe_fn)]
+#![allow(clippy::needless_range_loop)] // rows and columns of a register tile are indices
 
 use super::vector::{Dot, Load, Vector};
 
 /// Keys handled between two looks at the running reference.
 pub const BLOCK: usize = 64;
-/// Bytes between what is read and what is asked for.
-const AHEAD: usize = 4096;
+/// Rows ahead in the same stream that are asked for once more: the CPU drops requests when its queue is full.
+const NEAR: usize = 16;
 
 /// How decode reads rows: `CHUNK` elements of k as operand units, and v rows (in pairs where PAIR is 2).
 ///
@@ -124,9 +129,9 @@ pub unsafe fn block<D: Rows, const R: usize, const KT: usize, const PC: usize>(a
         for c in 0..a.chunks {
             let mut b = [D::splat(a.q); KT];
             for t in 0..KT {
-                let p = at[t].add(c * D::CHUNK_BYTES);
-                D::V::prefetch(p.wrapping_add(AHEAD));
-                b[t] = D::load_k(p);
+                b[t] = D::load_k(at[t].add(c * D::CHUNK_BYTES));
+                D::V::prefetch(a.v.wrapping_add((j + t) * a.v_stride + c * D::CHUNK_BYTES));
+                D::V::prefetch(at[t].wrapping_add(NEAR * a.k_stride + c * D::CHUNK_BYTES));
             }
             for r in 0..R {
                 let x = D::load(a.q.add(r * width + c * lanes));
@@ -215,9 +220,8 @@ unsafe fn pv<D: Rows, const R: usize, const PC: usize>(a: &Block, c0: usize, per
         let mut b = [D::splat(a.q); PC];
         for c in 0..PC / D::PAIR {
             let at = c * D::CHUNK_BYTES;
-            D::V::prefetch(v0.wrapping_add(at + AHEAD));
-            if D::PAIR == 2 {
-                D::V::prefetch(v1.wrapping_add(at + AHEAD));
+            for i in 0..D::PAIR {
+                D::V::prefetch(v0.wrapping_add((i + NEAR) * a.v_stride + at));
             }
             let x = D::load_v(v0.add(at), v1.add(at));
             for i in 0..D::PAIR {
@@ -228,6 +232,14 @@ unsafe fn pv<D: Rows, const R: usize, const PC: usize>(a: &Block, c0: usize, per
             let p = D::splat(a.s.add(r * BLOCK + j / D::PAIR).cast());
             for c in 0..PC {
                 acc[r][c] = D::dot(acc[r][c], p, b[c]);
+            }
+        }
+        if c0 == 0 {
+            for i in 0..D::PAIR {
+                let next = a.k.wrapping_add((a.n + j + i) * a.k_stride);
+                for c in 0..a.chunks {
+                    D::V::prefetch(next.wrapping_add(c * D::CHUNK_BYTES));
+                }
             }
         }
         j += D::PAIR;

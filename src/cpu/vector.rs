@@ -172,23 +172,27 @@ unsafe impl<V: Vector> Dot for Float<V> {
     const PAIR: usize = 1;
     #[inline(always)]
     unsafe fn splat(p: *const u32) -> V {
-        // SAFETY: the module's contract, here and below.
+        // SAFETY: the module's contract.
         unsafe { V::splat(p.cast::<f32>().read_unaligned()) }
     }
     #[inline(always)]
     unsafe fn load(p: *const u32) -> V {
+        // SAFETY: as above.
         unsafe { V::load(p.cast()) }
     }
     #[inline(always)]
     unsafe fn dot(acc: V, a: V, b: V) -> V {
+        // SAFETY: as above.
         unsafe { a.mul_add(b, acc) }
     }
     #[inline(always)]
     unsafe fn exp2(x: V) -> V {
+        // SAFETY: as above.
         unsafe { x.exp2() }
     }
     #[inline(always)]
     unsafe fn put_p<const C: usize>(row: &[V; C], p: *mut u32, mut l: V) -> V {
+        // SAFETY: as above.
         unsafe {
             for (c, x) in row.iter().enumerate() {
                 x.store(p.cast::<f32>().add(c * V::LANES));

@@ -44,6 +44,8 @@ pub fn rope_apply(
     detached(py, threads, move |cx| cpu::rope_apply(&pairs, &values, &turns, attention_scaling, cx))
 }
 
+type Vector<'py> = Bound<'py, PyArray1<f32>>;
+
 /// The `(cos, sin)` float32 vectors that `rope_apply` uses at one position.
 #[pyfunction]
 #[pyo3(signature = (position, inv_freq, *, attention_scaling=1.0))]
@@ -52,7 +54,7 @@ pub fn cos_sin<'py>(
     position: i64,
     inv_freq: &Bound<'py, PyAny>,
     attention_scaling: f64,
-) -> PyResult<(Bound<'py, PyArray1<f32>>, Bound<'py, PyArray1<f32>>)> {
+) -> PyResult<(Vector<'py>, Vector<'py>)> {
     if !(0..rope::MAX_POSITION).contains(&position) {
         return Err(raise(Error::value("position", "a number from 0 to 2^40", position)));
     }

@@ -85,10 +85,10 @@ fn type_name(o: &Bound<'_, PyAny>) -> String {
 
 impl Array {
     fn new(name: &str, o: &Bound<'_, PyAny>) -> PyResult<Self> {
-        if let Some(t) = torch(o.py())? {
-            if o.is_instance(t.tensor.bind(o.py()))? {
-                return Self::from_torch(name, o, t);
-            }
+        if let Some(t) = torch(o.py())?
+            && o.is_instance(t.tensor.bind(o.py()))?
+        {
+            return Self::from_torch(name, o, t);
         }
         match o.cast::<PyUntypedArray>() {
             Ok(a) => Self::from_numpy(name, a),
@@ -174,7 +174,7 @@ impl Array {
         let size = kind.size();
         let mut stride = Vec::with_capacity(a.ndim());
         for (n, s) in a.shape().iter().zip(a.strides()) {
-            let ok = *s >= 0 && *s as usize % size == 0;
+            let ok = *s >= 0 && (*s as usize).is_multiple_of(size);
             if !ok && *n > 1 {
                 return Err(raise(Error::value(
                     name,

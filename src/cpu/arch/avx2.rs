@@ -2,6 +2,7 @@
 
 #![allow(clippy::undocumented_unsafe_blocks, clippy::missing_safety_doc)] // one contract: vector.rs
 #![allow(unsafe_op_in_unsafe_fn)]
+#![allow(clippy::needless_range_loop)] // rows and columns of a register tile are indices
 
 use std::arch::x86_64::*;
 
