@@ -1,0 +1,67 @@
+"""Exact attention for Llama in transformers, to 1,048,576 tokens. Importing this package is the whole integration.
+
+The import patches transformers' Llama where it is loaded already, and otherwise when it gets loaded: it imports neither
+transformers nor the compiled core itself. `disable()` undoes it, `LLAMA1M_DISABLE=1` keeps it from happening.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from . import patch as _patch
+from .options import Options, options, set_options
+from .patch import disable, enable, patch_model
+from .stats import Stats, stats
+
+if TYPE_CHECKING:
+    from . import cache, ops
+    from .cache import LongCache
+
+    __version__: str
+
+__all__ = [
+    "LongCache",
+    "Options",
+    "Stats",
+    "__version__",
+    "cache",
+    "disable",
+    "enable",
+    "ops",
+    "options",
+    "patch_model",
+    "set_options",
+    "stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # What imports torch, transformers or the core waits until it is asked for (PEP 562).
+    if name in ("ops", "cache", "testing"):
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "LongCache":
+        return importlib.import_module(f"{__name__}.cache").LongCache
+    if name == "__version__":
+        return _version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("llama1m-ext")
+    except metadata.PackageNotFoundError:  # run from the source tree
+        from . import _core
+
+        return _core.__version__
+
+
+if os.environ.get("LLAMA1M_DISABLE", "").strip().lower() not in ("1", "true", "yes", "on"):
+    _patch.enable()

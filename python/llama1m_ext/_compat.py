@@ -1,0 +1,162 @@
+"""Every difference between the releases of transformers that we support (4.57 to 5.x)."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+V5 = int(transformers.__version__.split(".")[0]) >= 5
+EXPLICIT = "_llama1m_sdpa_by_name"
+
+
+# -- caches ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _crop_takes_length() -> bool:
+    from transformers.cache_utils import DynamicLayer
+
+    return "max_length" in inspect.signature(DynamicLayer.crop).parameters
+
+
+def cropped_length(tokens: int, length: int) -> int:
+    """How long a layer of `length` tokens is after `crop(tokens)`.
+
+    Releases with `crop(max_length)` take the new length, or minus the tokens to remove; those with
+    `crop(tokens_to_remove)` take only the latter.
+    """
+    if tokens > 0 and not _crop_takes_length():
+        raise ValueError(
+            f"crop: expected minus the number of tokens to remove, got {tokens}; transformers "
+            f"{transformers.__version__} does not take a length here"
+        )
+    if tokens < 0:
+        return max(0, length + tokens)
+    return min(tokens, length) if _crop_takes_length() else length
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of what a forward takes by position, without self: their order differs between releases."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds)[1:]
+
+
+def default_rope(rotary: Any, seq_len: int | None) -> tuple[Tensor, float]:
+    """(inv_freq, attention_scaling) as the config says, in float32 whatever happened to the buffer since.
+
+    Args:
+        rotary: a `LlamaRotaryEmbedding`.
+        seq_len: for the types that depend on the length; None at the beginning.
+    """
+    device = torch.device("cpu")
+    if rotary.rope_type == "default" and hasattr(rotary, "compute_default_rope_parameters"):
+        return rotary.compute_default_rope_parameters(rotary.config)  # since 5.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    init = ROPE_INIT_FUNCTIONS[rotary.rope_type]
+    return init(rotary.config, device) if seq_len is None else init(rotary.config, device, seq_len=seq_len)
+
+
+def original_max_len(rotary: Any) -> int:
+    """The length beyond which longrope takes its long factors, found as transformers finds it."""
+    config = rotary.config
+    parameters = getattr(config, "rope_parameters", None)  # since 5.0
+    if isinstance(parameters, Mapping) and "original_max_position_embeddings" in parameters:
+        return parameters["original_max_position_embeddings"]
+    return getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+
+
+def is_capturing_hook(hook: Any) -> bool:
+    """Whether a forward hook is one of those that 5.x installs for output_hidden_states, and leaves there, asleep."""
+    return getattr(hook, "__name__", "") == "output_capturing_hook" and hook.__module__.startswith("transformers.")
+
+
+# -- an attention implementation asked for by name --------------------------------------------------------------------
+# "sdpa" is what transformers picks by itself, and it must be told from "sdpa" that somebody wants. What a user asks for
+# goes through the setter of `config._attn_implementation` (from_pretrained, from_config and the config's own keyword
+# do), or through `set_attn_implementation`; what transformers picks is written past the setter. Configs made before
+# this package is imported don't say: they count as not asked for.
+
+
+def attn_implementation(original: property, owner: type) -> property:
+    """The config's property with a setter that remembers a name that was asked for."""
+    base = next(c.__dict__["_attn_implementation"] for c in owner.__mro__ if "_attn_implementation" in c.__dict__)
+
+    def remember(self: Any, value: Any) -> None:
+        base.fset(self, value)
+        mark_explicit(self, value)
+
+    return property(base.fget, remember, base.fdel, base.__doc__)
+
+
+def mark_explicit(config: Any, value: Any) -> None:
+    name = value.get("") if isinstance(value, Mapping) else value
+    if name == "sdpa":
+        config.__dict__[EXPLICIT] = True
+    elif name is not None:
+        config.__dict__.pop(EXPLICIT, None)
+
+
+def to_dict(original: Callable[..., dict[str, Any]], owner: type) -> Callable[..., dict[str, Any]]:
+    """The config's `to_dict` without our mark: config.json is none of our business."""
+
+    @functools.wraps(original)
+    def without_mark(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = original(self, *args, **kwargs)
+        found.pop(EXPLICIT, None)
+        return found
+
+    return without_mark
+
+
+def set_attn_implementation(original: Callable[..., Any], owner: type) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def remember(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, attn_implementation, *args, **kwargs)
+        mark_explicit(self.config, attn_implementation)
+        return result
+
+    return remember
+
+
+# -- the model card's second snippet ------------------------------------------------------------------------------------
+# Since 5.0 `apply_chat_template(..., return_tensors="pt")` gives a BatchEncoding where it gave a tensor; the snippet
+# hands it to `generate` as it is, and asks for its `.shape`. 4.57 needs neither.
+
+
+def batch_encoding_shape(original: Any, owner: type) -> Any:
+    if not V5 or original is not None:
+        return original
+
+    def shape(self: Any) -> torch.Size:
+        """Shape of `input_ids`, for code that expects the tensor itself."""
+        ids = self.data.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise AttributeError("shape")
+        return ids.shape
+
+    return property(shape)
+
+
+def generate(original: Callable[..., Any], owner: type) -> Callable[..., Any]:
+    if not V5:
+        return original
+
+    @functools.wraps(original)
+    def generate_from_mapping(self: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(inputs, Mapping):
+            kwargs = {**inputs, **kwargs}
+            inputs = None
+        return super(owner, self).generate(inputs, *args, **kwargs)
+
+    return generate_from_mapping

@@ -1,0 +1,259 @@
+"""One forward call of a `LlamaModel`: can we serve it exactly, and what its layers need to know if so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+from transformers.models.llama import modeling_llama
+
+from . import _compat
+from .cache import PagedLayer, paged_layers
+from .intervals import ALL, Intervals, from_mask
+from .memory import available_bytes
+from .options import read as read_options
+from .rope import Rope
+
+MARK = "_llama1m"
+"""Our functions carry it, so that a module whose forward is another one is seen."""
+KEEP = "_llama1m_keep"
+"""Keyword from `LlamaForCausalLM.forward` to `LlamaModel.forward`: only the last so many positions will be looked at."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KNOWN = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "use_cache",
+    "cache_position",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
+
+
+class NotServed(Exception):
+    """A reason to take the stock path that shows only on the way."""
+
+
+class Call:
+    """What travels to the attention layers as `attention_mask`.
+
+    Attributes:
+        model: the `LlamaModel`.
+        layers: its decoder layers.
+        batch, q_len, past_len: shape of the call; `past_len` tokens are in the cache already.
+        cache: what the layers get as `past_key_values`, or None.
+        pages: the cache's layers, or None.
+        intervals: visible keys of each batch row.
+        position_ids: int64 `[batch, q_len]` or `[1, q_len]`.
+        rope: the rotation; set when the embeddings are known.
+        served: attention calls that our kernel computed.
+    """
+
+    __slots__ = (
+        "batch",
+        "cache",
+        "intervals",
+        "layers",
+        "model",
+        "options",
+        "pages",
+        "past_len",
+        "position_ids",
+        "q_len",
+        "rope",
+        "served",
+    )
+
+    def __init__(self, model: Any, batch: int, q_len: int) -> None:
+        self.model, self.batch, self.q_len = model, batch, q_len
+        self.past_len = self.served = 0
+        self.layers: list[Any] = []
+        self.cache: Any = None
+        self.pages: list[PagedLayer] | None = None
+        self.intervals: Intervals = ALL
+        self.options = read_options(model)
+        self.position_ids: Tensor = None  # type: ignore[assignment]  # open_call sets it
+        self.rope: Rope = None  # type: ignore[assignment]  # begin sets it
+
+    def begin(self, embeds: Tensor) -> None:
+        """The embeddings, or the first of them, `[batch, n, hidden]`, are there.
+
+        Raises:
+            NotServed: a device or dtype that the kernel does not know.
+        """
+        if embeds.device.type != "cpu":
+            raise NotServed(f"device {embeds.device.type}")
+        if embeds.dtype not in DTYPES:
+            raise NotServed(f"dtype {embeds.dtype}")
+        if type(embeds) is not Tensor:
+            raise NotServed(f"a tensor of type {type(embeds).__name__}")
+        self.rope = Rope(self.model.rotary_emb, embeds, self.position_ids, self.layers[0].self_attn.head_dim)
+
+    def matrix(self, device: torch.device) -> Tensor | None:
+        """The mask as a matrix, for a layer that must take the stock path after all."""
+        return self.intervals.matrix(self.q_len, self.past_len + self.q_len, self.past_len, device)
+
+    def rewind(self) -> None:
+        """The call failed: the cache is what it was before."""
+        for page in self.pages or ():
+            page.truncate(self.past_len)
+
+
+def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
+    """A call that we can serve, or why it takes the stock path.
+
+    Args:
+        model: a `LlamaModel`.
+        given: its forward's arguments by name.
+    """
+    config = model.config
+    implementation = config._attn_implementation
+    if implementation != "sdpa":
+        return f"attn_implementation={implementation!r}"
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    source = ids if embeds is None else embeds
+    if (ids is None) == (embeds is None) or not isinstance(source, Tensor) or source.dim() != (2 if embeds is None else 3):
+        return "input_ids and inputs_embeds"
+    batch, q_len = source.shape[:2]
+    if not batch or not q_len:
+        return "an empty input"
+    if source.device.type != "cpu":
+        return f"device {source.device.type}"
+    call = Call(model, batch, q_len)
+    if _compat.EXPLICIT in config.__dict__ and not call.options.replace_sdpa:
+        return "attn_implementation='sdpa' was asked for by name"
+    reason = _arguments(model, given) or _gradients(model, embeds) or _layers(call)
+    if reason:
+        return reason
+
+    # The order of transformers: make a cache, look at its length, then at positions and the mask.
+    cache = given.get("past_key_values")
+    use_cache = given.get("use_cache")
+    if cache is None and (config.use_cache if use_cache is None else use_cache):
+        cache = DynamicCache(config=config)
+    if cache is not None:
+        pages = paged_layers(cache, len(call.layers), call.options.page_size)
+        if isinstance(pages, str):
+            return pages
+        call.cache, call.pages, call.past_len = cache, pages, pages[0].length
+    return _positions(call, given) or _mask(call, given.get("attention_mask")) or call
+
+
+def _arguments(model: Any, given: Mapping[str, Any]) -> str | None:
+    config = model.config
+    for name, value in given.items():
+        if name not in _KNOWN and value is not None:
+            return f"argument {name}"
+    attentions = given.get("output_attentions")
+    if config.output_attentions if attentions is None else attentions:
+        return "output_attentions"
+    hidden = given.get("output_hidden_states")
+    if hidden is not None and not isinstance(hidden, bool):
+        return "output_hidden_states picks layers"
+    if not getattr(config, "is_causal", True):
+        return "the config says is_causal=False"
+    if model.training and (getattr(config, "attention_dropout", 0) or getattr(model, "gradient_checkpointing", False)):
+        return "training"
+    if torch.jit.is_tracing():
+        return "tracing"
+    return None
+
+
+def _gradients(model: Any, embeds: Tensor | None) -> str | None:
+    if not torch.is_grad_enabled():
+        return None
+    if (embeds is not None and embeds.requires_grad) or any(p.requires_grad for p in model.parameters()):
+        return "gradients"
+    return None
+
+
+def _layers(call: Call) -> str | None:
+    stack = call.model.layers
+    if type(stack) is not torch.nn.ModuleList:
+        return f"the layers are a {type(stack).__name__}"
+    layers = list(stack._modules.values())[: call.model.config.num_hidden_layers]
+    if not layers:
+        return "there are no layers"
+    for layer in layers:
+        if type(layer) is not modeling_llama.LlamaDecoderLayer:
+            return f"a layer is a {type(layer).__name__}"
+        if layer._compiled_call_impl is not None:
+            return "a compiled layer"
+        if not is_ours(layer.self_attn):
+            return f"the forward of a {type(layer.self_attn).__name__} is not ours"
+    if not 8 <= layers[0].self_attn.head_dim <= 256:
+        return f"head_dim {layers[0].self_attn.head_dim}"
+    call.layers = layers
+    return None
+
+
+def is_ours(module: Any) -> bool:
+    """Whether calling the module ends in our forward: by its class, or through accelerate's hook."""
+    own = module.__dict__.get("forward")
+    if own is None:
+        return hasattr(type(module).forward, MARK)
+    return "_hf_hook" in module.__dict__ and hasattr(module.__dict__.get("_old_forward"), MARK)
+
+
+def _positions(call: Call, given: Mapping[str, Any]) -> str | None:
+    past, n = call.past_len, call.q_len
+    places = given.get("cache_position")  # transformers 4
+    if places is not None:
+        # The causal mask goes by these: they must be what they are by default.
+        if places.shape != (n,) or int(places[0]) != past:
+            return "cache_position is not the cache's length"
+        if n > 1 and not torch.equal(places, torch.arange(past, past + n, dtype=places.dtype)):
+            return "cache_position is not the cache's length"
+    ids = given.get("position_ids")
+    if ids is None:
+        call.position_ids = torch.arange(past, past + n).unsqueeze(0)
+        return None
+    if ids.dim() != 2 or ids.shape[1] != n or ids.shape[0] not in (1, call.batch):
+        return f"position_ids of shape {tuple(ids.shape)}"
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.device.type != "cpu":
+        return f"position_ids of dtype {ids.dtype} on {ids.device.type}"
+    ids = ids.long()
+    if int(ids.min()) < 0:
+        return "position_ids are negative"
+    if call.cache is None and given.get("attention_mask") is None and n > 1:
+        # Where transformers looks for packed sequences: a jump in the positions begins another one.
+        if bool((ids.diff(dim=-1) != 1).any()):
+            return "position_ids are packed sequences"
+    call.position_ids = ids
+    return None
+
+
+def _mask(call: Call, mask: Any) -> str | None:
+    found = from_mask(mask, call.batch, call.past_len + call.q_len)
+    if isinstance(found, str):
+        return found
+    call.intervals = found
+    return None
+
+
+def check_matrix_fits(reason: str, given: Mapping[str, Any]) -> None:
+    """Before the stock path makes an N x N mask: is there room?
+
+    Raises:
+        ValueError: there is not.
+    """
+    if not (reason.startswith("attention_mask has") or reason.endswith("packed sequences")):
+        return
+    source = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    mask = given.get("attention_mask")
+    batch, q_len = source.shape[:2]  # type: ignore[union-attr]
+    kv_len = q_len if mask is None else mask.shape[-1]
+    # The causal part, the padding part and their conjunction, a byte each: what transformers needs at its peak.
+    need, room = 3 * batch * q_len * kv_len, available_bytes()
+    if room is not None and need > room:
+        raise ValueError(
+            f"{reason}: attention to {kv_len} keys from {q_len} queries of {batch} rows would need masks of "
+            f"{need / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are available. Expected a mask that hides keys only "
+            "at the beginning and at the end of each row: it costs no memory."
+        )

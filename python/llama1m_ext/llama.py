@@ -1,0 +1,105 @@
+"""Llama's attention: `LlamaAttention.forward` as it is put in the place of transformers' own.
+
+It serves calls whose `attention_mask` is a `Call`, which only our `LlamaModel.forward` makes; anything else goes to the
+original, which is always at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .cache import PagedLayer
+from .call import DTYPES, MARK, Call
+from .stats import count
+
+
+def attention_forward(original: Forward, owner: type) -> Forward:
+    """`LlamaAttention.forward`."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = kwargs.get("attention_mask")
+        if type(call) is not Call:
+            return original(self, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if not torch.compiler.is_compiling():
+            out = attend(self, hidden_states, call, None if cache is None else cache.layers[self.layer_idx])
+            if out is not None:
+                return out, None
+            count(call.model, stock="q, k and v have gradients or different dtypes", calls=1)
+        # LoRA's gradients show only here, where the mask was made already: stock attention, with a matrix.
+        kwargs["attention_mask"] = call.matrix(hidden_states.device)
+        kwargs["position_embeddings"] = call.rope.tables
+        return original(self, *args, **kwargs)
+
+    setattr(forward, MARK, True)
+    return forward
+
+
+def attend(attn: Any, x: Tensor, call: Call, layer: PagedLayer | None, at: int = 0) -> Tensor | None:
+    """Attention of x, tokens `at` to `at + n` of the call, to all keys so far and their own; o_proj included.
+
+    Args:
+        attn: the `LlamaAttention`.
+        x: `[batch, n, hidden]`, normed.
+        layer: where keys and values are kept; None: x is all there is.
+
+    Returns:
+        `[batch, n, hidden]`, or None where the kernel can't serve what the projections gave (nothing has happened then).
+    """
+    batch, n, _ = x.shape
+    shape = (batch, n, -1, attn.head_dim)
+    q = attn.q_proj(x).view(shape).transpose(1, 2)
+    k = attn.k_proj(x).view(shape).transpose(1, 2)
+    v = attn.v_proj(x).view(shape).transpose(1, 2)
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and (layer is None or layer.fits(k, v))):
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return None
+    if layer is None:
+        rotated, k = call.rope.apply(q, k, at=at)
+        keys: Any = k.to(v.dtype)
+        values: Any = v
+        kv_len = n
+    else:
+        rotated = store(layer, q, k, v, call, at)
+        keys, values, kv_len = layer.k, layer.v, layer.length
+    intervals = call.intervals
+    out = ops.attention(
+        rotated.to(v.dtype),  # type: ignore[union-attr]  # tables of somebody else's may be wider
+        keys,
+        values,
+        softmax_scale=attn.scaling,
+        q_start=call.past_len + at,
+        kv_start=intervals.start,
+        kv_end=intervals.end,
+        kv_len=kv_len,
+    )
+    call.served += 1
+    return attn.o_proj(out.transpose(1, 2).reshape(batch, n, -1))  # type: ignore[union-attr]
+
+
+def store(layer: PagedLayer, q: Tensor | None, k: Tensor, v: Tensor, call: Call, at: int) -> Tensor | None:
+    """Rotates q and k, and appends k and v to the pages: k is rotated straight into them. Returns the rotated q.
+
+    Args:
+        q: `[batch, q_heads, n, head_dim]`, or None where nobody asks.
+        k, v: `[batch, kv_heads, n, head_dim]`, tokens `at` to `at + n` of the call.
+    """
+    slots = layer.slots(k, v)
+    if len(slots) == 1:
+        k_slot, v_slot = slots[0]
+        q, _ = call.rope.apply(q, k, k_out=k_slot, at=at)
+        v_slot.copy_(v)
+        layer.commit(k.shape[2])
+    else:
+        q, k = call.rope.apply(q, k, at=at)
+        layer.append(k, v)
+    return q

@@ -1,0 +1,133 @@
+"""`LlamaModel.forward` and `LlamaForCausalLM.forward` as they are put in the place of transformers' own.
+
+Each is made by a function of (original, owner): the stock path is always at hand, and is taken, exactly as it stands,
+for whatever `call.open_call` says we can't serve.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from . import _compat, patch
+from .call import KEEP, MARK, Call, NotServed, check_matrix_fits, is_ours, open_call
+from .prefill import is_long, layer_major
+from .stats import count
+
+Forward = Callable[..., Any]
+# What a user does on purpose, or what is no matter of ours: no warning for these.
+_EXPECTED = (
+    "gradients",
+    "training",
+    "tracing",
+    "dtype",
+    "attn_implementation",
+    "output_",
+    "the cache is",
+    "an empty",
+    "input_ids",
+)
+
+
+def model_forward(original: Forward, owner: type) -> Forward:
+    """`LlamaModel.forward`: a long prompt goes layer by layer, in chunks; anything else as transformers does it, with
+    intervals in the place of a mask and a rotation in the place of tables."""
+    names = _compat.positional_names(original)
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            kwargs.pop(KEEP, None)
+            return original(self, *args, **kwargs)
+        keep = kwargs.pop(KEEP, 0)
+        if not patch.is_enabled():
+            return original(self, *args, **kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        call = open_call(self, given)
+        if isinstance(call, Call):
+            try:
+                return serve(call, given, keep)
+            except NotServed as why:
+                call.rewind()
+                call = str(why)
+            except BaseException:  # Ctrl-C too: the cache, which may be the user's, is as before the call
+                call.rewind()
+                raise
+        check_matrix_fits(call, given)
+        first = count(self, stock=call, calls=len(self.layers))
+        if first and not call.startswith(_EXPECTED):
+            warnings.warn(f"llama1m_ext: transformers' own path is taken, because: {call}", stacklevel=2)
+        return original(self, *args, **kwargs)
+
+    setattr(forward, MARK, True)
+    return forward
+
+
+def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
+    """The model's output, or `NotServed`.
+
+    Args:
+        keep: only the last so many positions of the result will be read; 0: all.
+    """
+    model, config = call.model, call.model.config
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    want_all = given.get("output_hidden_states")
+    want_all = config.output_hidden_states if want_all is None else want_all
+    states: tuple[Tensor, ...] | None = None
+    if not want_all and is_long(call, embeds):
+        hidden = layer_major(call, ids, embeds, keep)
+        count(model, layer_major=1)
+    else:
+        hidden = model.embed_tokens(ids) if embeds is None else embeds
+        call.begin(hidden)
+        for page in call.pages or ():
+            page.expect(call.past_len + call.q_len)
+        more = {} if given.get("cache_position") is None else {"cache_position": given["cache_position"]}
+        seen = [hidden]
+        for layer in call.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=call,
+                position_ids=call.position_ids,
+                past_key_values=call.cache,
+                use_cache=call.cache is not None,
+                position_embeddings=call.rope,
+                **more,
+            )
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            if want_all:
+                seen.append(hidden)
+        hidden = model.norm(hidden)
+        if want_all:
+            states = (*seen[:-1], hidden)
+    count(model, served=call.served)
+    result = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=call.cache, hidden_states=states)
+    as_dict = given.get("return_dict")
+    as_dict = getattr(config, "return_dict", True) if as_dict is None else as_dict
+    return result if as_dict else result.to_tuple()
+
+
+def causal_lm_forward(original: Forward, owner: type) -> Forward:
+    """`LlamaForCausalLM.forward`: tells the model which positions will have logits, so that the last layer of a long
+    prompt computes only those. What it returns is transformers' own."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        keep = kwargs.get("logits_to_keep")
+        if type(keep) is int and keep > 0 and len(args) <= 1 and kwargs.get("labels") is None and patch.is_enabled():
+            inner = self.model
+            watched = inner._forward_hooks or torch.nn.modules.module._global_forward_hooks
+            if not watched and is_ours(inner):
+                kwargs[KEEP] = keep
+        return original(self, *args, **kwargs)
+
+    setattr(forward, MARK, True)
+    return forward

@@ -1,0 +1,107 @@
+"""The options of one model: a dataclass for people, a plain dict on the model.
+
+They live on the `LlamaModel` inside, as builtins, so that they survive `copy.deepcopy` and pickling, and a pickled model
+can be loaded where this package is not installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+ATTRIBUTE = "_llama1m_options"
+LLAMA_MODULE = "transformers.models.llama.modeling_llama"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one model is run. Tokens are counted per batch row.
+
+    Attributes:
+        chunk: how many queries of a long prompt go through a layer at a time; more takes more memory. `"auto"`: as many
+            as half a GiB of activations allows, or less where memory is short.
+        min_layer_major_len: prompts at least this long are run one layer after the other, in chunks. `"auto"`: those
+            longer than one chunk.
+        progress: show a progress bar during a long prefill. `"auto"`: from 16384 tokens on.
+        page_size: tokens of a page of the KV cache. `"auto"`: one page for the prompt with 6% of room, then pages of an
+            eighth of the length.
+        replace_sdpa: serve the model also where `attn_implementation="sdpa"` was asked for by name (which otherwise
+            gets transformers' own sdpa, as any other name does).
+
+    Raises:
+        ValueError, TypeError: a value that makes no sense; the message names it.
+    """
+
+    chunk: int | Literal["auto"] = "auto"
+    min_layer_major_len: int | Literal["auto"] = "auto"
+    progress: bool | Literal["auto"] = "auto"
+    page_size: int | Literal["auto"] = "auto"
+    replace_sdpa: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("chunk", "min_layer_major_len", "page_size"):
+            value = getattr(self, name)
+            if value == "auto" and isinstance(value, str):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f'{name}: expected "auto" or an int, got {value!r}')
+            if value < 1:
+                raise ValueError(f'{name}: expected "auto" or at least 1 token, got {value}')
+        if not (isinstance(self.progress, bool) or self.progress == "auto"):
+            raise TypeError(f'progress: expected "auto", True or False, got {self.progress!r}')
+        if not isinstance(self.replace_sdpa, bool):
+            raise TypeError(f"replace_sdpa: expected True or False, got {self.replace_sdpa!r}")
+
+
+DEFAULT = Options()
+
+
+def options(model: Any) -> Options:
+    """The options of a model (or of a pipeline's model).
+
+    Raises:
+        TypeError: there is no Llama of transformers inside.
+    """
+    return read(llama_models(model)[0])
+
+
+def set_options(model: Any, **changes: Any) -> Options:
+    """Changes some options of a model and returns all of them, e.g. `set_options(model, chunk=4096, progress=False)`.
+
+    Args:
+        model: a Llama of transformers, something that wraps one (PEFT, a pipeline), or a part of one.
+        changes: fields of `Options`.
+
+    Raises:
+        TypeError: no Llama inside, an option that does not exist, or a value of the wrong type.
+        ValueError: a value out of range.
+    """
+    models = llama_models(model)
+    known = {field.name for field in dataclasses.fields(Options)}
+    for name in changes:
+        if name not in known:
+            raise TypeError(f"set_options: expected one of {', '.join(sorted(known))}; got {name!r}")
+    for inner in models:
+        new = dataclasses.replace(read(inner), **changes)
+        inner.__dict__[ATTRIBUTE] = dataclasses.asdict(new)
+    return read(models[0])
+
+
+def read(llama_model: Any) -> Options:
+    """The options of a `LlamaModel`."""
+    stored: Mapping[str, Any] | None = llama_model.__dict__.get(ATTRIBUTE)
+    return DEFAULT if stored is None else Options(**stored)
+
+
+def llama_models(model: Any) -> list[Any]:
+    """The `LlamaModel`s inside a model, a wrapper of one, or a pipeline."""
+    module = sys.modules.get(LLAMA_MODULE)
+    root = model if hasattr(model, "modules") else getattr(model, "model", None)
+    if module is not None and hasattr(root, "modules"):
+        found = [m for m in root.modules() if isinstance(m, module.LlamaModel)]
+        if found:
+            return found
+    raise TypeError(f"model: expected a Llama of transformers, or something that holds one, got {type(model).__name__}")

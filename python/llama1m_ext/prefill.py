@@ -1,0 +1,179 @@
+"""Layer-major prefill: one layer runs over the whole prompt before the next begins.
+
+Beside weights and KV pages, the hidden states (one buffer, updated in place) and one chunk's activations are all that
+lives. Norms, projections, rotation, attention and MLP all run chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+from transformers.models.llama import modeling_llama
+
+from . import _compat, llama
+from .cache import PagedLayer
+from .call import Call, NotServed
+from .memory import chunk_len
+from .progress import Progress
+
+_STOCK_LAYER_FORWARD = modeling_llama.LlamaDecoderLayer.forward
+
+
+def is_long(call: Call, embeds: Tensor | None) -> bool:
+    """Whether this call should run layer by layer, and whether nobody would notice that modules are called in chunks."""
+    n, limit = call.q_len, call.options.min_layer_major_len
+    if n == 1:
+        return False
+    if n < limit if limit != "auto" else n <= _chunk(call, embeds):
+        return False
+    return not _watched(call)
+
+
+def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int) -> Tensor:
+    """Runs the model.
+
+    Args:
+        call: from `open_call`; `begin` not called yet.
+        ids: int64 `[batch, n]`, or None and
+        embeds: `[batch, n, hidden]`, which stay as they are.
+        keep: only the last so many positions are wanted; 0: all.
+
+    Returns:
+        The normed hidden states, `[batch, n, hidden]`, or of the last `keep` positions.
+
+    Raises:
+        NotServed: something that shows only on the way; the cache is to be rewound then.
+    """
+    model, n = call.model, call.q_len
+    chunk = _chunk(call, embeds)
+    if embeds is None:
+        assert ids is not None
+        first = model.embed_tokens(ids[:, :chunk])
+        call.begin(first)
+        hidden = first.new_empty((call.batch, n, first.shape[-1]))
+        hidden[:, :chunk] = first
+        for a, b in _chunks(chunk, n, chunk):
+            hidden[:, a:b] = model.embed_tokens(ids[:, a:b])
+    else:
+        call.begin(embeds)
+        hidden = embeds.clone(memory_format=torch.contiguous_format)
+    keep = n if keep <= 0 else min(keep, n)
+    scratch = PagedLayer(call.options.page_size)
+    cost = Cost(call)
+    total = cost.total(n, n - keep)
+    with Progress(call.options.progress, call.batch * n, total) as progress:
+        for i, layer in enumerate(call.layers):
+            if call.pages is None:
+                page = scratch
+                page.length = 0  # the same memory again
+            else:
+                page = call.pages[i]
+            page.expect(call.past_len + n)
+            silent = n - keep if i == len(call.layers) - 1 else 0
+            for a, b in _chunks(0, silent, chunk):
+                # Nobody will look at these positions of the last layer: their keys and values are all that matters.
+                _keys_only(layer, hidden[:, a:b], call, page, a)
+                progress.step(cost.keys(b - a), call.batch * (b - a) / len(call.layers))
+            for a, b in _chunks(silent, n, chunk):
+                _layer(layer, hidden[:, a:b], call, page, a)
+                progress.step(cost.chunk(a, b), call.batch * (b - a) / len(call.layers))
+    if keep < n:
+        return model.norm(hidden[:, n - keep :])
+    out = hidden
+    for a, b in _chunks(0, n, chunk):
+        normed = model.norm(hidden[:, a:b])
+        if normed.dtype != out.dtype:
+            out = hidden.to(normed.dtype)
+        out[:, a:b] = normed
+    return out
+
+
+def _layer(layer: Any, hidden: Tensor, call: Call, page: PagedLayer, at: int) -> None:
+    """A decoder layer over one chunk, `[batch, n, hidden]`, updated in place."""
+    out = llama.attend(layer.self_attn, layer.input_layernorm(hidden), call, page, at)
+    if out is None:
+        raise NotServed("q, k and v have gradients or different dtypes")
+    _add(hidden, out)
+    _add(hidden, layer.mlp(layer.post_attention_layernorm(hidden)))
+
+
+def _add(hidden: Tensor, out: Tensor) -> None:
+    if torch.promote_types(hidden.dtype, out.dtype) != hidden.dtype:
+        raise NotServed(f"a layer gives {out.dtype} for {hidden.dtype}")
+    hidden.add_(out)
+
+
+def _keys_only(layer: Any, hidden: Tensor, call: Call, page: PagedLayer, at: int) -> None:
+    attn = layer.self_attn
+    x = layer.input_layernorm(hidden)
+    shape = (*x.shape[:2], -1, attn.head_dim)
+    k = attn.k_proj(x).view(shape).transpose(1, 2)
+    v = attn.v_proj(x).view(shape).transpose(1, 2)
+    if k.dtype != v.dtype or not page.fits(k, v) or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
+        raise NotServed("q, k and v have gradients or different dtypes")
+    llama.store(page, None, k, v, call, at)
+
+
+def _chunks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    for a in range(start, end, size):
+        yield a, min(a + size, end)
+
+
+def _chunk(call: Call, embeds: Tensor | None) -> int:
+    if call.options.chunk != "auto":
+        return call.options.chunk
+    dtype = call.model.dtype if embeds is None else embeds.dtype
+    return chunk_len(call.model.config, call.batch, dtype.itemsize)
+
+
+def _watched(call: Call) -> bool:
+    """Whether something would notice chunks: hooks, or modules that are not the ones whose work we know."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    for layer in call.layers:
+        # A hook of accelerate's around a whole layer would load its weights once; ours would call past it.
+        if type(layer).forward is not _STOCK_LAYER_FORWARD or "forward" in layer.__dict__:
+            return True
+        if "forward" in layer.self_attn.__dict__ or type(layer.mlp) is not modeling_llama.LlamaMLP:
+            return True
+    for top in (call.model.embed_tokens, call.model.norm, *call.layers):
+        for module in top.modules():
+            if module._forward_pre_hooks:
+                return True
+            if not all(_compat.is_capturing_hook(hook) for hook in module._forward_hooks.values()):
+                return True
+            if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
+                return True
+    return False
+
+
+class Cost:
+    """Floating-point operations of a prefill: what the time left is predicted from."""
+
+    def __init__(self, call: Call) -> None:
+        config, attn = call.model.config, call.layers[0].self_attn
+        q_dim = config.num_attention_heads * attn.head_dim
+        kv_dim = config.num_key_value_heads * attn.head_dim
+        hidden = config.hidden_size
+        self.past, self.layers = call.past_len, len(call.layers)
+        self.batch = call.batch
+        self.of_keys = 4 * hidden * kv_dim
+        self.linear = 4 * hidden * (q_dim + kv_dim) + 6 * hidden * config.intermediate_size
+        self.pair = 4 * q_dim
+
+    def keys(self, n: int) -> float:
+        """n tokens of which only keys and values are made."""
+        return float(self.batch * n * self.of_keys)
+
+    def chunk(self, a: int, b: int) -> float:
+        """Tokens a to b through one layer."""
+        pairs = (b - a) * (self.past + (a + b) / 2)
+        return self.batch * ((b - a) * self.linear + pairs * self.pair)
+
+    def total(self, n: int, silent: int) -> float:
+        """All layers; the last one makes only keys and values of the first `silent` tokens."""
+        return (self.layers - 1) * self.chunk(0, n) + self.chunk(silent, n) + self.keys(silent)

@@ -1,0 +1,65 @@
+"""Counts of what was served and what was not: the way to see whether the patch does anything for a model."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from .options import llama_models
+
+ATTRIBUTE = "_llama1m_stats"
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Calls of a model's attention layers so far.
+
+    Attributes:
+        served: attention calls that our kernel computed (a chunk of a layer-major prefill is one call).
+        stock: attention calls that transformers' own code computed, by the reason why.
+        layer_major: prefills that ran one layer after the other.
+    """
+
+    served: int = 0
+    stock: dict[str, int] = field(default_factory=dict)
+    layer_major: int = 0
+
+
+def stats(model: Any, *, reset: bool = False) -> Stats:
+    """What our path served of a model's attention calls, and why the rest took the stock path.
+
+    Calls inside `torch.compile` are not counted: a counter there would make every call a recompilation.
+
+    Args:
+        model: a Llama of transformers, or something that holds one.
+        reset: start again from zero after reading.
+    """
+    served, layer_major, stock = 0, 0, dict[str, int]()
+    with _lock:
+        for inner in llama_models(model):
+            counts = inner.__dict__.get(ATTRIBUTE)
+            if counts is None:
+                continue
+            served += counts["served"]
+            layer_major += counts["layer_major"]
+            for reason, n in counts["stock"].items():
+                stock[reason] = stock.get(reason, 0) + n
+            if reset:
+                del inner.__dict__[ATTRIBUTE]
+    return Stats(served, stock, layer_major)
+
+
+def count(llama_model: Any, *, served: int = 0, layer_major: int = 0, stock: str | None = None, calls: int = 0) -> bool:
+    """Adds to a model's counts. True if this is the first time that its stock path is taken for this reason."""
+    with _lock:
+        # Builtins on the model: they are copied and pickled with it, and need no package to be loaded.
+        counts = llama_model.__dict__.setdefault(ATTRIBUTE, {"served": 0, "layer_major": 0, "stock": {}})
+        counts["served"] += served
+        counts["layer_major"] += layer_major
+        if stock is None:
+            return False
+        first = stock not in counts["stock"]
+        counts["stock"][stock] = counts["stock"].get(stock, 0) + calls
+        return first

@@ -1,0 +1,143 @@
+"""Tiny checkpoints and yardsticks for tests.
+
+Weights of q, k, v and o have a spread of 0.15: with transformers' 0.02, attention is nearly uniform, and ignored padding
+or a wrong offset would pass unseen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SPREAD = 0.15
+CHAT_TEMPLATE = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+"""Llama-3-Instruct's own."""
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer (256 bytes and Llama-3's special tokens) with Llama-3's chat template.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast`, made in memory.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    bos = SPECIAL_TOKENS[0]
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, inner.token_to_id(bos))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token=bos,
+        eos_token="<|end_of_text|>",
+        model_max_length=1_048_576,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_config(**changes: Any) -> Any:
+    """A `LlamaConfig` of 2 layers, 4 query heads on 2 kv heads, head_dim 16, with a long-context theta.
+
+    Args:
+        changes: fields to set otherwise; `rope_theta` and `rope_scaling` are understood in both 4.x and 5.x.
+    """
+    from transformers import LlamaConfig
+
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1_048_576,
+        "rope_theta": 500_000.0,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        **changes,
+    }
+    return LlamaConfig(**fields)
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A random `LlamaForCausalLM` in evaluation mode, whose attention is far from uniform.
+
+    Args:
+        seed: of the weights.
+        dtype: of the weights.
+        changes: as in `tiny_config`.
+    """
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(tiny_config(**changes)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1:
+                p.copy_(torch.randn(p.shape, generator=generator) * (0.5 if "embed" in name else SPREAD))
+    # Not `.to(dtype)`: it would cast inv_freq as well, which from_pretrained(dtype=...) does not.
+    inv_freq = model.model.rotary_emb.inv_freq
+    model = model.to(dtype)
+    model.model.rotary_emb.inv_freq = inv_freq
+    return model
+
+
+def tiny_checkpoint(path: str | Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Saves `tiny_model` and `tiny_tokenizer` as a checkpoint that `from_pretrained` loads.
+
+    Args:
+        path: a directory, made if it is not there.
+        seed, dtype, changes: as in `tiny_model`.
+
+    Returns:
+        The directory.
+    """
+    path = Path(path)
+    model = tiny_model(seed, dtype, **changes)
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids, int64 `[batch, length]`, without special ones."""
+    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def error(ours: Tensor, truth: Tensor) -> float:
+    """Root mean square of `ours - truth`, in float64. A NaN anywhere gives NaN, which no bound admits."""
+    return (ours.double() - truth.double()).pow(2).mean().sqrt().item()
+
+
+def assert_no_worse(ours: Tensor, yardstick: Tensor, truth: Tensor, factor: float = 1.0) -> None:
+    """Our error against float64 is at most `factor` times the yardstick's.
+
+    Raises:
+        AssertionError: with both errors.
+    """
+    mine, theirs = error(ours, truth), error(yardstick, truth)
+    assert mine <= factor * theirs, f"error against float64: {mine:.3e}, expected at most {factor} x {theirs:.3e}"
