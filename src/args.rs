@@ -168,7 +168,7 @@ pub struct Problem<'a> {
     /// Elements of one row.
     pub head_dim: usize,
     /// Finite multiplier of q k^T.
-    pub softmax_scale: f32,
+    pub softmax_scale: f64,
     causal: bool,
     q_start: i64,
     kv_start: Option<&'a [i64]>,
@@ -251,7 +251,7 @@ impl<'a> AttnArgs<'a> {
             q_len,
             kv_len,
             head_dim,
-            softmax_scale: scale as f32,
+            softmax_scale: scale,
             causal: self.causal,
             q_start,
             kv_start: self.kv_start,
@@ -273,16 +273,19 @@ impl Problem<'_> {
         (lo as usize, hi.max(lo) as usize)
     }
 
-    /// What kernels multiply q k^T by to get scores in base 2: the magnitude of softmax_scale. Its sign is put into q
-    /// (see [`Problem::q_sign`]), and for 0 q counts as zeros, so that a hidden key's -inf is never multiplied by 0.
-    pub fn scale_log2(&self) -> f32 {
-        let scale = self.softmax_scale.abs();
-        if scale == 0.0 { 1.0 } else { scale * std::f32::consts::LOG2_E }
-    }
-
-    /// What each element of q is multiplied by: 1, -1 or 0.
-    pub fn q_sign(&self) -> f32 {
-        if self.softmax_scale == 0.0 { 0.0 } else { self.softmax_scale.signum() }
+    /// How q k^T becomes scores in base 2: what each element of q is multiplied by when it is packed, and what the
+    /// kernel multiplies the product by.
+    ///
+    /// Float32 operands take it all in q, in one rounding each: those average out over a row, where a rounded factor
+    /// on the scores would tilt all of them alike. Pairs of bf16 must stay as they are: only the sign goes into q (and
+    /// 0, so that a hidden key's -inf is never multiplied by 0).
+    pub fn scaling(&self, pair: usize) -> (f64, f32) {
+        let scale = self.softmax_scale * std::f64::consts::LOG2_E;
+        match pair {
+            1 => (scale, 1.0),
+            _ if scale == 0.0 => (0.0, 1.0),
+            _ => (scale.signum(), scale.abs() as f32),
+        }
     }
 
     /// The keys that any of the queries `i0..i1` of batch row `b` sees: the union of their intervals.

@@ -11,7 +11,7 @@ pub fn attention_row(p: &Problem, b: usize, h: usize, i: usize) -> (Vec<f64>, f6
     let scores: Vec<f64> = (lo..hi)
         .map(|j| {
             let dot: f64 = q.iter().enumerate().map(|(d, x)| x * f64::from(p.kv.get(b, kv_head, j, d).0)).sum();
-            dot * f64::from(p.softmax_scale)
+            dot * p.softmax_scale
         })
         .collect();
     let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);

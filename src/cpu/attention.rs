@@ -153,7 +153,7 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
     // Splits are whole blocks.
     let share = (hi - lo).div_ceil(plans.tiling.splits).next_multiple_of(kernel.keys);
     let (lo, hi) = ((lo + t.split * share).min(hi), (lo + (t.split + 1) * share).min(hi));
-    let scale = p.scale_log2();
+    let (_, scale) = p.scaling(kernel.pair);
     // SAFETY: offsets and sizes are the plan's; k and v rows come from runs inside validated views.
     unsafe {
         let at = |offset: usize| scratch.add(offset);
@@ -233,46 +233,39 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
 /// Most keys of any kernel's block.
 const MAX_KEYS: usize = 64;
 
-/// Rows of q to `[panel][units][R]`; the sign of softmax_scale is put into them.
+/// Rows of q to `[panel][units][R]`, times the part of the scale that belongs there (see [`Problem::scaling`]).
 unsafe fn pack_q(p: &Problem, plans: &Plans, t: &Task, dst: *mut u32) {
     let (r_of, pair) = (plans.kernel.rows, plans.kernel.pair);
     let rows = (t.q1 - t.q0) * p.group;
     let dtype = p.q.dtype();
-    let sign = p.q_sign();
-    let flip: u32 = match (sign < 0.0, pair) {
-        (false, _) => 0,
-        (true, 1) => 0x8000_0000,
-        (true, _) => 0x8000_8000,
-    };
-    if sign == 0.0 {
-        // SAFETY: whole panels of q were planned.
-        unsafe { std::ptr::write_bytes(dst, 0, rows.next_multiple_of(r_of) * plans.units) };
-        return;
-    }
+    let (factor, _) = p.scaling(pair);
+    let flip: u32 = if factor < 0.0 { 0x8000_8000 } else { 0 };
     for r in 0..rows.next_multiple_of(r_of) {
         // SAFETY: the destination was planned for whole panels; the source row is inside q and read within head_dim.
         unsafe {
             let to = dst.add(r / r_of * plans.units * r_of + r % r_of);
-            let whole = if r < rows { p.head_dim / pair } else { 0 };
-            let from = p.q.row(t.b, t.kv_head * p.group + r.min(rows - 1) % p.group, t.q0 + r.min(rows - 1) / p.group);
-            match (pair, dtype) {
-                (1, DType::F32) | (2, _) => {
-                    for u in 0..whole {
+            let mut done = 0;
+            if r < rows && factor != 0.0 {
+                let from = p.q.row(t.b, t.kv_head * p.group + r % p.group, t.q0 + r / p.group);
+                if pair == 1 {
+                    for u in 0..p.head_dim {
+                        let x = f64::from(dtype.read(from.add(u * dtype.size()))) * factor;
+                        *to.add(u * r_of) = (x as f32).to_bits();
+                    }
+                } else {
+                    for u in 0..p.head_dim / 2 {
                         *to.add(u * r_of) = from.cast::<u32>().add(u).read_unaligned() ^ flip;
                     }
-                }
-                _ => {
-                    for u in 0..whole {
-                        *to.add(u * r_of) = dtype.read(from.add(u * dtype.size())).to_bits() ^ flip;
+                    if p.head_dim % 2 == 1 {
+                        // An odd head_dim leaves half a pair.
+                        let last = from.cast::<u16>().add(p.head_dim - 1).read_unaligned();
+                        *to.add(p.head_dim / 2 * r_of) = u32::from(last) ^ (flip & 0xffff);
                     }
                 }
+                done = p.head_dim.div_ceil(pair);
             }
-            for u in whole..plans.units {
+            for u in done..plans.units {
                 *to.add(u * r_of) = 0;
-            }
-            if r < rows && whole * pair < p.head_dim {
-                // An odd head_dim leaves half a pair.
-                *to.add(whole * r_of) = u32::from(from.cast::<u16>().add(whole * 2).read_unaligned()) ^ (flip & 0xffff);
             }
         }
     }

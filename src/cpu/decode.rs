@@ -188,7 +188,7 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
                     o,
                     s: at(plans.s).cast(),
                     chunks: plans.dp / plans.chunk,
-                    scale: p.scale_log2(),
+                    scale: p.scaling(kernel.pair).1,
                     hi: limits.as_ptr(),
                 });
                 done += n;
@@ -201,7 +201,7 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
 /// Rows of q to `[rows][dp / PAIR]` operand units, zero beyond head_dim and for rows beyond the task's.
 unsafe fn pack_q(p: &Problem, plans: &Plans, t: &Task, rows: usize, dst: *mut u8) {
     let dtype = p.q.dtype();
-    let sign = p.q_sign();
+    let (factor, _) = p.scaling(plans.kernel.pair);
     let size = 4 / plans.kernel.pair;
     for r in 0..rows {
         for d in 0..plans.dp {
@@ -213,7 +213,7 @@ unsafe fn pack_q(p: &Problem, plans: &Plans, t: &Task, rows: usize, dst: *mut u8
                     let (i, head) = place(p, t, r);
                     x = dtype.read(p.q.row(t.b, head, i).add(d * dtype.size()));
                 }
-                let x = if sign == 0.0 { 0.0 } else { x * sign };
+                let x = if factor == 0.0 { 0.0 } else { (f64::from(x) * factor) as f32 };
                 if size == 4 { DType::F32.write(to, x) } else { dtype.write(to, x) }
             }
         }

@@ -106,7 +106,7 @@ pub struct Block {
     pub s: *mut f32,
     /// chunks of a row (the row is a whole number of them)
     pub chunks: usize,
-    /// `|softmax_scale| * log2(e)`
+    /// what makes q k^T scores in base 2: see `Problem::scaling`
     pub scale: f32,
     /// row r sees keys `j < hi[r]` of the block
     pub hi: *const i32,

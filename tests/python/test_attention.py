@@ -97,8 +97,9 @@ def test_error_is_no_larger_than_torchs(dtype, q_len, kv_len, head_dim, sharpnes
         return (x.double() - want).square().mean().sqrt().item()
 
     ours, torchs = rms(ops.attention(q, k, v, causal=causal)), rms(sdpa(q, kr, vr, is_causal=causal))
-    # 1.00 to 1.05 in measurements with the bf16 dot products; plain Rust without FMA is a little further off.
-    limit = 1.1 if _core.isa() != "portable" else 1.6
+    # Measured: 0.2 to 1.05, and up to 1.11 where few keys carry a row (torch rescales eagerly, so that the largest
+    # probability is exactly 1; we let it wait below 2^8, which is 9% faster). Without FMA it is a little more.
+    limit = 1.15 if _core.isa() != "portable" else 1.6
     assert ours <= limit * torchs, f"rms {ours:.3e} against torch's {torchs:.3e}"
 
 
