@@ -58,6 +58,11 @@ class Rows:
             self.cache[text] = self.tok.encode(text, add_special_tokens=False).ids
         return self.cache[text]
 
+    def _value(self) -> str:
+        """Six digits; one in twenty repeats its first half, which a model that looks for the last token stumbles over."""
+        first, second = self.draw.integers(1000, size=2)
+        return f"{first:03d}{first if self.draw.random() < 0.05 else second:03d}"
+
     def _fact(self, needle: Needle, space: bool) -> list[int]:
         """Like ids(needle.sentence), with the number put in by hand: a million sentences don't fit a cache."""
         template = self.ids((" " if space else "") + Needle(needle.key, "000111").sentence)
@@ -87,7 +92,7 @@ class Rows:
         draw = self.draw
         count = int(draw.integers(1, stage.facts + 1)) if stage.questions else stage.facts
         keys = draw.choice(stage.keys, count, replace=False)
-        needles = [Needle(KEYS[k], f"{draw.integers(10**6):06d}") for k in keys]
+        needles = [Needle(KEYS[k], self._value()) for k in keys]
         head = self.ids("<|begin_of_text|>")
         tail: list[int] = []
         tail_loss: list[float] = []

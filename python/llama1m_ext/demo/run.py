@@ -50,6 +50,8 @@ def run_demo(
     *,
     stock_limit_s: float = 45.0,
     stock_limit_bytes: int | None = None,
+    chunk: int | None = None,
+    progress: bool | None = None,
 ) -> DemoResult:
     """Hides a number in a long text, asks for it through the model card's pipeline, and checks the answer.
 
@@ -63,6 +65,8 @@ def run_demo(
             within the limits; beyond that its need is extrapolated and called so.
         stock_limit_s: seconds that stock transformers gets.
         stock_limit_bytes: resident memory that it gets. Default: 80% of what is available.
+        chunk: queries that go through a layer at a time. Default: as the options of llama1m_ext have it.
+        progress: show the prefill's progress bar. Default: for long prompts.
 
     Returns:
         Everything that was printed, as one JSON-ready dict; `correct` says whether the number is right.
@@ -83,12 +87,15 @@ def run_demo(
     import torch
     import transformers
 
-    import llama1m_ext  # noqa: F401  (this import is the whole integration)
+    import llama1m_ext  # this is the whole integration
 
     threads = torch.get_num_threads()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     print(f"torch {versions['torch']}, transformers {versions['transformers']}, {threads} threads")
     pipeline = load_pipeline()
+    options = {name: value for name, value in (("chunk", chunk), ("progress", progress)) if value is not None}
+    if options:
+        llama1m_ext.set_options(pipeline, **options)
     prompt = build_prompt(pipeline.tokenizer, source, needle, depth, min(tokens, MAX_LEN - MAX_NEW_TOKENS))
     again = "" if prompt.times_through <= 1 else f" (read {prompt.times_through:.1f} times: it is too short)"
     print(f"{prompt.tokens:,} tokens of {title}{again}")
