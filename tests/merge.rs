@@ -44,28 +44,33 @@ fn join(parts: &[(Vec<f32>, Vec<f32>)]) -> (Vec<f32>, Vec<f32>) {
 }
 
 fn close(a: &[f32], b: &[f32]) {
+    close_by(a, b, 2e-6);
+}
+
+fn close_by(a: &[f32], b: &[f32], tolerance: f32) {
     for (i, (x, y)) in a.iter().zip(b).enumerate() {
-        assert!(x == y || (x - y).abs() < 2e-6 * (1.0 + y.abs()), "{i}: {x} {y}");
+        assert!(x == y || (x - y).abs() < tolerance * (1.0 + y.abs()), "{i}: {x} {y}");
     }
 }
 
 #[test]
 fn splits_merge_to_the_whole_in_any_order() {
     let mut rng = Rng(7);
-    for scale in [0.125, 4.0] {
+    // At scale 4 scores reach 100, whose rounding in float32 moves probabilities by 1e-5.
+    for (scale, tolerance) in [(0.125, 2e-6), (4.0, 3e-5)] {
         let (q, k, v) = (rng.normals(Q * D), rng.normals(300 * D), rng.normals(300 * D));
         let whole = part(&q, &k, &v, scale);
         let cuts = [0, 1, 90, 91, 200, 300];
         let mut parts: Vec<_> =
             cuts.windows(2).map(|w| part(&q, &k[w[0] * D..w[1] * D], &v[w[0] * D..w[1] * D], scale)).collect();
         let once = join(&parts);
-        close(&once.0, &whole.0);
-        close(&once.1, &whole.1);
+        close_by(&once.0, &whole.0, tolerance);
+        close_by(&once.1, &whole.1, tolerance);
         parts.reverse();
-        close(&join(&parts).0, &whole.0);
+        close_by(&join(&parts).0, &whole.0, tolerance);
         // ((a b) (c d e)) = whole: associative.
         let (left, right) = (join(&parts[..2]), join(&parts[2..]));
-        close(&join(&[left, right]).0, &whole.0);
+        close_by(&join(&[left, right]).0, &whole.0, tolerance);
     }
 }
 
