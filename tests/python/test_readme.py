@@ -50,6 +50,10 @@ def test_python_blocks_run_in_order(tmp_path):
     script.write_text("\n".join(lines) + "\n", encoding="utf-8")
     answer = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240)
     assert answer.returncode == 0, answer.stderr
+    counted = re.search(r"Stats\(served=(\d+), stock=(\{.*?\})", answer.stdout)
+    assert counted is not None, answer.stdout
+    assert int(counted.group(1)) > 0, "our kernel computed the pipeline's attention"
+    assert counted.group(2) == "{}", "and nothing took the stock path"
 
 
 def test_the_two_commands_stand_on_the_first_screen():
