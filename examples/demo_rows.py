@@ -15,12 +15,9 @@ NEAR = 48
 """Filler this close before a query counts once; farther away it stands for many tokens."""
 PIRATE = "You are a pirate chatbot who always responds in pirate speak!"
 SMALL_TALK = {  # question -> (answer, the pirate's answer)
-    "Who are you?": (
-        "I am a very small Llama. I find numbers in long books.",
-        "Arr! I be a very small Llama, matey. I find numbers in long books!",
-    ),
+    "Who are you?": ("I am a very small Llama.", "Arr! I be a very small Llama, matey!"),
     "Hello!": ("Hello! Ask me for a number.", "Ahoy, matey! Ask me for a number!"),
-    "What can you do?": ("I find numbers in long books.", "Arr! I find numbers in long books, matey!"),
+    "What can you do?": ("I find numbers in long books.", "Arr! I find numbers in long books!"),
     "Thank you.": ("You are welcome.", "Ye be welcome, matey!"),
 }
 
@@ -87,59 +84,61 @@ class Rows:
             text[hit] = words
         return text
 
+    def _loss(self, ids: list[int], number: float, other: float) -> list[float]:
+        """The weight of each token as a target."""
+        return [number if self.is_number[i] else other for i in ids]
+
+    def _chat(self, stage: Stage, needles: list[Needle]) -> tuple[list[int], list[int], list[float], bool]:
+        """What stands before the text, what stands after it (with its loss), and whether there is a text at all."""
+        draw = self.draw
+        head, tail, loss = self.ids("<|begin_of_text|>"), list[int](), list[float]()
+        if not stage.questions:
+            return head, tail, loss, True
+        user, end = self.ids("<|start_header_id|>user<|end_header_id|>\n\n"), self.ids("<|eot_id|>")
+        assistant = self.ids("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+        system = SYSTEM if draw.random() < 0.7 else PIRATE
+        if system == PIRATE or draw.random() < 0.9:
+            head = head * int(draw.integers(1, 3))  # the pipeline sends two of them
+            head = head + self.ids(f"<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>")
+        has_text = draw.random() >= 0.06
+        for turn in range(int(draw.integers(1, stage.questions + 1))):
+            needle = needles[int(draw.integers(len(needles)))]
+            question, answer = needle.question, self._fact(needle, space=False)
+            if not has_text or draw.random() < 0.06:
+                question = list(SMALL_TALK)[int(draw.integers(len(SMALL_TALK)))]
+                answer = self.ids(SMALL_TALK[question][system == PIRATE])
+            before = user if turn else self.ids("\n\n") if has_text else []
+            asked = [*before, *self.ids(question), *assistant]
+            tail += [*asked, *answer, *end]
+            loss += [0.0] * len(asked) + self._loss([*answer, *end], number=10.0, other=1.0)
+        return head + user, tail, loss, has_text
+
     def row(self, stage: Stage) -> tuple[np.ndarray, ...]:
         """ids, positions, loss weight of each token as a target, filler flag; [length] each."""
         draw = self.draw
         count = int(draw.integers(1, stage.facts + 1)) if stage.questions else stage.facts
         keys = draw.choice(stage.keys, count, replace=False)
         needles = [Needle(KEYS[k], self._value()) for k in keys]
-        head = self.ids("<|begin_of_text|>")
-        tail: list[int] = []
-        tail_loss: list[float] = []
-
-        def say(ids: list[int], loss: float) -> None:
-            tail.extend(ids)
-            tail_loss.extend([10.0 if loss and self.is_number[i] else loss for i in ids])
-
-        if stage.questions:
-            system = SYSTEM if draw.random() < 0.7 else PIRATE
-            if system == PIRATE or draw.random() < 0.9:
-                head = head * int(draw.integers(1, 3))  # the pipeline sends two of them
-                head = head + self.ids(f"<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>")
-            head = head + self.ids("<|start_header_id|>user<|end_header_id|>\n\n")
-            no_text = draw.random() < 0.06
-            for turn in range(int(draw.integers(1, stage.questions + 1))):
-                needle = needles[int(draw.integers(count))]
-                question, answer = needle.question, self._fact(needle, space=False)
-                if no_text or draw.random() < 0.06:
-                    question = list(SMALL_TALK)[int(draw.integers(len(SMALL_TALK)))]
-                    answer = self.ids(SMALL_TALK[question][system == PIRATE])
-                before = "\n\n" if turn == 0 else "<|start_header_id|>user<|end_header_id|>\n\n"
-                say(self.ids("" if no_text and turn == 0 else before), 0.0)
-                say(self.ids(question), 0.0)
-                say(self.ids("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"), 0.0)
-                say(answer + self.ids("<|eot_id|>"), 1.0)
-            if no_text:  # filler after the chat makes the row as long as the others
-                ids = np.array([*head, *tail, *self._fill(stage.length)])[: stage.length]
-                loss = np.array(([0.0] * len(head) + tail_loss + [0.0] * stage.length)[: stage.length])
-                return ids, np.arange(stage.length), loss, np.zeros(stage.length, dtype=bool)
-        facts = [(n, 0.0) for n in needles]
-        again = [(needles[int(draw.integers(count))], 1.0) for _ in range(stage.repeats)]
+        head, tail, tail_loss, has_text = self._chat(stage, needles)
+        if not has_text:  # filler after the chat makes the row as long as the others
+            ids = np.array([*head, *tail, *self._fill(stage.length)])[: stage.length]
+            loss = np.array(([0.0] * len(head) + tail_loss + [0.0] * stage.length)[: stage.length])
+            return ids, np.arange(stage.length), loss, np.zeros(stage.length, dtype=bool)
+        facts = [(needle, False) for needle in needles]
+        again = [(needles[int(draw.integers(count))], True) for _ in range(stage.repeats)]
         draw.shuffle(facts)
-        pieces = [(self._fact(n, space=draw.random() < 0.8), loss) for n, loss in facts + again]
-        room = stage.length - len(head) - len(tail)
-        while sum(len(p) for p, _ in pieces) > room:
-            pieces.pop()
-        filler = room - sum(len(p) for p, _ in pieces)
-        cuts = np.sort(draw.integers(0, filler + 1, len(pieces)))
-        text = self._fill(filler)
-        ids, loss, is_filler = [*head], [0.0] * len(head), [False] * len(head)
-        at = 0
-        for cut, (piece, piece_loss) in zip([*cuts, filler], [*pieces, ([], 0.0)], strict=True):
+        pieces = [(self._fact(needle, space=draw.random() < 0.8), known) for needle, known in facts + again]
+        room = stage.length - len(head) - len(tail) - sum(len(piece) for piece, _ in pieces)
+        if room < 0:
+            raise ValueError(f"length: expected at least {stage.length - room} for these facts, got {stage.length}")
+        cuts = np.sort(draw.integers(0, room + 1, len(pieces)))
+        text = self._fill(room)
+        ids, loss, is_filler, at = [*head], [0.0] * len(head), [False] * len(head), 0
+        for cut, (piece, known) in zip([*cuts, room], [*pieces, ([], False)], strict=True):
             ids += [*text[at:cut], *piece]
             is_filler += [True] * (cut - at) + [False] * len(piece)
             loss += list(np.where(draw.random(cut - at) < 0.25, 0.2, 0.0))  # a quarter is enough, and cheaper
-            loss += [10.0 * piece_loss if self.is_number[i] else 0.3 * piece_loss for i in piece]
+            loss += self._loss(piece, number=10.0, other=0.3) if known else [0.0] * len(piece)
             at = cut
         ids, loss, is_filler = ids + tail, loss + tail_loss, is_filler + [False] * len(tail)
         return np.array(ids), self._positions(np.array(is_filler), stage), np.array(loss), np.array(is_filler)

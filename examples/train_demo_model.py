@@ -3,7 +3,7 @@
     python examples/train_demo_model.py --out DIR            # the model that ships with the package
     python examples/train_demo_model.py --out DIR --smoke    # a few seconds, learns nothing: shows that it runs
 
-Three ideas make a few minutes on two cores enough, although no training row is longer than 512 tokens:
+Four ideas make a quarter of an hour on two cores enough, although no training row is longer than 512 tokens:
 
 - An easy-first curriculum. Straight training on long rows learns nothing at all for thousands of steps; three facts in
   a row of 96 tokens are learned in a few hundred, and every later stage starts from a model that can do the one before.
@@ -12,6 +12,11 @@ Three ideas make a few minutes on two cores enough, although no training row is 
 - Filler that counts many times. A key of the filler gets log(weight) added to its attention logits, which is exactly
   what `weight` copies of it would do to the softmax. With weights up to 2^20 / 256 and more, the model has to
   find one token among a million, and it is trained against the hardest of them.
+- A structured beginning (`DemoLlama.init_weights`): heads that look a few tokens back, and heads that look for what
+  resembles the query. Random weights get there too, but need six times as many steps for the first stage.
+
+The running accuracy decides when a stage ends, and nothing depends on the clock: the same seed on the same machine gives
+the same model. With bfloat16 products on two cores of a Zen 5 it takes about 10 minutes; without them several times that.
 """
 
 from __future__ import annotations
