@@ -193,6 +193,24 @@ def test_run_demo_on_the_book(capsys: pytest.CaptureFixture[str]) -> None:
     json.dumps(result)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_run_demo_at_131072_tokens(depth: float) -> None:
+    result = run_demo(tokens=131_072, seed=int(10 * depth), depth=depth, stock=False)
+    assert result["correct"]
+    assert result["prompt_tokens"] > 131_000
+    assert result["prompt_bytes"] < 2**30  # an N x N mask alone would be 16 GiB
+
+
+def test_run_demo_reads_a_users_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers and keys all over the text, which is too short and read again and again."""
+    path = tmp_path / "log.txt"
+    path.write_text("".join(f"{i * 7919 % 1000000:06d} requests from {KEYS[i % 50]} in {i} ms.\n" for i in range(100)))
+    result = run_demo(tokens=4096, text=path, seed=2, stock=False, chunk=512, progress=False)
+    assert result["correct"], result["answer"]
+    assert "it is too short" in capsys.readouterr().out
+
+
 def test_run_demo_says_when_the_answer_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any, TypedDict
 
 from .book import BOOK_TITLE, load_book, load_text
@@ -96,13 +97,15 @@ def run_demo(
     options = {name: value for name, value in (("chunk", chunk), ("progress", progress)) if value is not None}
     if options:
         llama1m_ext.set_options(pipeline, **options)
-    prompt = build_prompt(pipeline.tokenizer, source, needle, depth, min(tokens, MAX_LEN - MAX_NEW_TOKENS))
+    with _quiet():
+        prompt = build_prompt(pipeline.tokenizer, source, needle, depth, min(tokens, MAX_LEN - MAX_NEW_TOKENS))
     again = "" if prompt.times_through <= 1 else f" (read {prompt.times_through:.1f} times: it is too short)"
     print(f"{prompt.tokens:,} tokens of {title}{again}")
     print(f'hidden {depth:.0%} of the way in: "{needle.sentence}"')
     print(f'asked: "{needle.question}"')
     if prompt.tokens > 200_000:
-        print(f"this will take about {_expected_s(pipeline.model.config, prompt.tokens):.0f} s here", flush=True)
+        minutes = _expected_s(pipeline.model.config, prompt.tokens) / 60
+        print(f"this will take about {minutes:.1f} minutes, judged by this machine's speed just now", flush=True)
 
     torch.manual_seed(seed)
     reset_peak_rss()
@@ -206,7 +209,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _expected_s(config: Any, tokens: int) -> float:
-    """Seconds of a prefill, from the speed of our attention on a small share of it, and a tenth for the rest."""
+    """Seconds of a prefill, from the speed of our attention on a small share of it, and a tenth for the rest.
+
+    The last layer's queries count for nothing: only the last of them is asked for.
+    """
     import torch
 
     from llama1m_ext import ops
@@ -214,11 +220,13 @@ def _expected_s(config: Any, tokens: int) -> float:
     q_len, kv_len, heads, head_dim = 1024, 16_384, config.num_attention_heads, config.head_dim
     q = torch.randn(1, heads, q_len, head_dim, dtype=torch.bfloat16)
     k = torch.randn(1, config.num_key_value_heads, kv_len, head_dim, dtype=torch.bfloat16)
-    ops.attention(q, k, k)
-    began = time.perf_counter()
-    ops.attention(q, k, k)
-    seconds = time.perf_counter() - began
-    return 1.1 * seconds * config.num_hidden_layers * tokens**2 / 2 / (q_len * (kv_len - q_len / 2))
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        ops.attention(q, k, k)
+        seconds.append(time.perf_counter() - began)
+    layers = config.num_hidden_layers - 1
+    return 1.1 * median(seconds) * layers * tokens**2 / 2 / (q_len * (kv_len - q_len / 2))
 
 
 def _available_bytes() -> int:
