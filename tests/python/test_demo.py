@@ -270,6 +270,17 @@ def test_training_script_runs(tmp_path: Path) -> None:
     assert model.config.vocab_size == len(tokenizer) == 3072
 
 
+def test_evaluation_finds_every_needle() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "eval_demo_model.py"), "--tokens", "3000", "--seed", "3"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "20 of 20 found" in done.stdout
+
+
 def test_training_model_is_transformers_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     from demo_model import Config, DemoLlama
