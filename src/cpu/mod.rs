@@ -9,6 +9,7 @@ pub mod decode;
 pub mod isa;
 pub mod kernels;
 pub mod merge;
+mod openmp;
 mod partials;
 pub mod pool;
 pub mod probe;

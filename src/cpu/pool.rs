@@ -1,14 +1,17 @@
 //! Threads: tasks are taken from one counter by the calling thread and its helpers.
 //!
 //! The calling thread works too, and between its tasks asks the caller's `poll` whether to stop, so that Ctrl-C gets
-//! through during a long prefill without a watcher thread. Helper pools are kept per size; after a fork (a
-//! DataLoader worker) their threads are gone, so a pool belongs to the process that made it.
+//! through during a long prefill without a watcher thread. Helpers are torch's own threads where it is loaded (see
+//! `openmp`), else pools of ours, kept per size; after a fork (a DataLoader worker) their threads are gone, so a pool
+//! belongs to the process that made it.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::ThreadId;
+use std::time::Instant;
 
-use super::Context;
+use super::{Context, openmp};
 use crate::error::{Error, Result};
 
 type Pools = Mutex<Option<(u32, HashMap<usize, Arc<rayon::ThreadPool>>)>>;
@@ -38,36 +41,61 @@ fn pool(helpers: usize) -> Result<Arc<rayon::ThreadPool>> {
 pub fn run(cx: &Context, n: usize, min_share: usize, task: impl Fn(usize) + Sync) -> Result<()> {
     let threads = cx.threads.min(n.div_ceil(min_share.max(1))).max(1);
     let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let work = |mut poll: Option<&mut dyn FnMut() -> bool>| {
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= n || stop.load(Ordering::Relaxed) {
-                return;
-            }
+    let take = || {
+        let i = next.fetch_add(1, Ordering::Relaxed);
+        (i < n && !stop.load(Ordering::Relaxed)).then_some(i)
+    };
+    let help = || {
+        while let Some(i) = take() {
             task(i);
-            if poll.as_mut().is_some_and(|p| p()) {
-                stop.store(true, Ordering::Relaxed);
-            }
         }
     };
-    let mut since = std::time::Instant::now();
-    let mut poll = || {
-        // Looking for signals takes the GIL: ten times a second is often enough.
-        if since.elapsed().as_millis() < 100 {
-            return false;
+    // The calling thread works too, and looks for signals between its tasks: that takes the GIL, so ten times a second.
+    let lead = || {
+        let mut since = Instant::now();
+        while let Some(i) = take() {
+            task(i);
+            if since.elapsed().as_millis() >= 100 {
+                since = Instant::now();
+                if (cx.poll)() {
+                    stop.store(true, Ordering::Relaxed);
+                }
+            }
         }
-        since = std::time::Instant::now();
-        (cx.poll)()
     };
     if threads == 1 {
-        work(Some(&mut poll));
+        lead();
     } else {
-        pool(threads - 1)?.in_place_scope(|s| {
-            for _ in 1..threads {
-                s.spawn(|_| work(None));
-            }
-            work(Some(&mut poll));
-        });
+        let caller = Caller { id: std::thread::current().id(), lead: &lead };
+        let member = || if caller.is_me() { caller.lead() } else { help() };
+        if !openmp::run(threads, &member) {
+            pool(threads - 1)?.in_place_scope(|s| {
+                for _ in 1..threads {
+                    s.spawn(|_| help());
+                }
+                lead();
+            });
+        }
     }
     if stop.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+}
+
+/// The calling thread's own work, which is not `Sync` (`poll` is not): handed out to that thread only.
+struct Caller<'a> {
+    id: ThreadId,
+    lead: &'a dyn Fn(),
+}
+
+// SAFETY: `lead` runs on the thread that made it and nowhere else; the id is plain data.
+unsafe impl Sync for Caller<'_> {}
+
+impl Caller<'_> {
+    fn is_me(&self) -> bool {
+        std::thread::current().id() == self.id
+    }
+
+    fn lead(&self) {
+        assert!(self.is_me());
+        (self.lead)();
+    }
 }
