@@ -39,7 +39,9 @@ class PagedLayer(DynamicLayer):
         self.length = 0
         self.capacity = 0
         self._expected = 0
-        self._lent = False  # a view of the last page was handed out: it must not change under its holder
+        # So many of the first pages (none or one) belong to somebody else, or somebody holds a view of them: what is
+        # written there must not change under its holder.
+        self._lent = 0
         super().__init__(**kwargs)
 
     # -- what our own code uses ------------------------------------------------------------------------------------
@@ -116,13 +118,12 @@ class PagedLayer(DynamicLayer):
         while self.k_pages and self.capacity - self.k_pages[-1].shape[2] >= self.length:
             self.capacity -= self.k_pages.pop().shape[2]
             self.v_pages.pop()
-        if self._lent and self.capacity > self.length:
-            # Someone holds a view of this page: cut it off, so that what comes next is written elsewhere.
-            keep = self.length - (self.capacity - self.k_pages[-1].shape[2])
-            self.k_pages[-1] = self.k_pages[-1][:, :, :keep]
-            self.v_pages[-1] = self.v_pages[-1][:, :, :keep]
+        self._lent = min(self._lent, len(self.k_pages))
+        if self._lent == len(self.k_pages) and self.capacity > self.length:
+            # Cut the page off, so that what comes next is written elsewhere.
+            self.k_pages[-1] = self.k_pages[-1][:, :, : self.length]
+            self.v_pages[-1] = self.v_pages[-1][:, :, : self.length]
             self.capacity = self.length
-        self._lent = False
 
     @classmethod
     def adopt(cls, layer: DynamicLayer, page_size: PageSize) -> PagedLayer:
@@ -145,14 +146,10 @@ class PagedLayer(DynamicLayer):
             sizes = [-(-size // _ROUND) * _ROUND]
         else:
             sizes = [self.page_size] * -(-need // self.page_size)
-        # Not inference tensors, even inside inference_mode: those could not be written outside of it later.
-        with torch.inference_mode(False):
-            for size in sizes:
-                self.k_pages.append(torch.empty((batch, kv_heads, size, head_dim), dtype=k.dtype, device=k.device))
-                v_shape = (batch, kv_heads, size, v.shape[3])
-                self.v_pages.append(torch.empty(v_shape, dtype=v.dtype, device=v.device))
-                self.capacity += size
-        self._lent = False
+        for size in sizes:
+            self.k_pages.append(_page((batch, kv_heads, size, head_dim), k))
+            self.v_pages.append(_page((batch, kv_heads, size, v.shape[3]), v))
+            self.capacity += size
 
     def _used(self, pages: list[Tensor]) -> list[Tensor]:
         """Views of the pages, without what is not written."""
@@ -172,7 +169,7 @@ class PagedLayer(DynamicLayer):
             return torch.tensor([], dtype=self.dtype, device=self.device)
         if len(views) > 1:
             return torch.cat(views, dim=2)
-        self._lent = True
+        self._lent = 1
         return views[0]
 
     def _note(self, k: Tensor) -> None:
@@ -206,6 +203,7 @@ class PagedLayer(DynamicLayer):
     def keys(self, value: Tensor | None) -> None:
         self.k_pages = [] if value is None or not value.numel() else [_last_axis_contiguous(value)]
         self.length = self.capacity = sum(p.shape[2] for p in self.k_pages)
+        self._lent = len(self.k_pages)
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
@@ -219,9 +217,7 @@ class PagedLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self._note(key_states)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends, and returns all keys and values: transformers' own semantics, for code that wants dense tensors."""
         self._settle()
         grad = torch.is_grad_enabled() and (
@@ -256,8 +252,8 @@ class PagedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forgets everything, memory included."""
         self.k_pages, self.v_pages = [], []
-        self.length = self.capacity = self._expected = 0
-        self.is_initialized = self._lent = False
+        self.length = self.capacity = self._expected = self._lent = 0
+        self.is_initialized = False
 
     def offload(self) -> None:
         self._move("cpu")
@@ -291,7 +287,7 @@ class PagedLayer(DynamicLayer):
         moved = [i for i, row in enumerate(rows) if i != row]
         if len(rows) == batch and not moved:
             return
-        in_place = len(rows) == batch and not self._lent and not any(p.requires_grad for p in self.k_pages)
+        same_shape = len(rows) == batch
         for pages in (self.k_pages, self.v_pages):
             at = 0
             for i, page in enumerate(pages):
@@ -299,16 +295,14 @@ class PagedLayer(DynamicLayer):
                 at += page.shape[2]
                 if n <= 0:
                     continue
-                # A full page may be somebody's tensor (`adopt`), so only pages with room of ours are written.
-                if in_place and n < page.shape[2]:
+                if same_shape and i >= self._lent:
                     page[moved, :, :n] = page[[rows[j] for j in moved], :, :n]
                     continue
-                with torch.inference_mode(False):
-                    new = page.new_empty((len(rows), *page.shape[1:]))
+                new = _page((len(rows), *page.shape[1:]), page)
                 for j, row in enumerate(rows):
                     new[j, :, :n] = page[row, :, :n]
                 pages[i] = new
-        self._lent = False
+        self._lent = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedLayer:
         made = type(self).__new__(type(self))
@@ -324,8 +318,15 @@ class PagedLayer(DynamicLayer):
         for name in ("k_pages", "v_pages"):
             state[name] = [p.detach().clone() for p in self._used(state[name])]
         state["capacity"] = self.length
-        state["_lent"] = False
+        state["_lent"] = 0
         return state
+
+
+def _page(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory for a page, not initialised."""
+    # Not an inference tensor, even inside inference_mode: it could not be written outside of it later.
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def _last_axis_contiguous(x: Tensor) -> Tensor:

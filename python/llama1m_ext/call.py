@@ -22,6 +22,7 @@ MARK = "_llama1m"
 KEEP = "_llama1m_keep"
 """Keyword from `LlamaForCausalLM.forward` to `LlamaModel.forward`: only the last so many positions will be looked at."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NEVER = object()
 _KNOWN = {
     "input_ids",
     "attention_mask",
@@ -118,7 +119,11 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
         return f"attn_implementation={implementation!r}"
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     source = ids if embeds is None else embeds
-    if (ids is None) == (embeds is None) or not isinstance(source, Tensor) or source.dim() != (2 if embeds is None else 3):
+    if (
+        (ids is None) == (embeds is None)
+        or not isinstance(source, Tensor)
+        or source.dim() != (2 if embeds is None else 3)
+    ):
         return "input_ids and inputs_embeds"
     batch, q_len = source.shape[:2]
     if not batch or not q_len:
@@ -193,12 +198,30 @@ def _layers(call: Call) -> str | None:
     return None
 
 
+def own_forward(module: Any) -> Any:
+    """A forward that hides the class's: the module's own attribute, or None.
+
+    transformers 4 leaves one behind after `output_hidden_states=True`, which does what the class's does: it is ignored.
+    """
+    own = module.__dict__.get("forward")
+    if own is None or getattr(own, "__self__", None) is not module:
+        return own
+    of_class = type(module).forward
+    return None if own.__func__ is of_class else own
+
+
 def is_ours(module: Any) -> bool:
     """Whether calling the module ends in our forward: by its class, or through accelerate's hook."""
-    own = module.__dict__.get("forward")
+    own = own_forward(module)
     if own is None:
         return hasattr(type(module).forward, MARK)
-    return "_hf_hook" in module.__dict__ and hasattr(module.__dict__.get("_old_forward"), MARK)
+    if "_hf_hook" in module.__dict__:
+        return hasattr(module.__dict__.get("_old_forward"), MARK)
+    if getattr(own, "__func__", None) is getattr(type(module).forward, "__wrapped__", _NEVER):
+        # The same leftover, from a time when our patch was off.
+        del module.__dict__["forward"]
+        return True
+    return False
 
 
 def _positions(call: Call, given: Mapping[str, Any]) -> str | None:

@@ -91,7 +91,9 @@ def disable() -> None:
             name = done.patch.name
             if done.owner.__dict__.get(name) is not done.after:
                 # Somebody else's patch lies over ours. Ours passes everything on from now on.
-                warnings.warn(f"llama1m_ext: {done.owner.__name__}.{name} was replaced since, and is left", stacklevel=2)
+                warnings.warn(
+                    f"llama1m_ext: {done.owner.__name__}.{name} was replaced since, and is left", stacklevel=2
+                )
             elif done.before is _NOTHING:
                 delattr(done.owner, name)
             else:

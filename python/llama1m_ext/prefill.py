@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 
 from . import _compat, llama
 from .cache import PagedLayer
-from .call import Call, NotServed
+from .call import Call, NotServed, own_forward
 from .memory import chunk_len
 from .progress import Progress
 
@@ -136,9 +136,9 @@ def _watched(call: Call) -> bool:
         return True
     for layer in call.layers:
         # A hook of accelerate's around a whole layer would load its weights once; ours would call past it.
-        if type(layer).forward is not _STOCK_LAYER_FORWARD or "forward" in layer.__dict__:
+        if type(layer).forward is not _STOCK_LAYER_FORWARD or own_forward(layer) is not None:
             return True
-        if "forward" in layer.self_attn.__dict__ or type(layer.mlp) is not modeling_llama.LlamaMLP:
+        if own_forward(layer.self_attn) is not None or type(layer.mlp) is not modeling_llama.LlamaMLP:
             return True
     for top in (call.model.embed_tokens, call.model.norm, *call.layers):
         for module in top.modules():
@@ -146,7 +146,7 @@ def _watched(call: Call) -> bool:
                 return True
             if not all(_compat.is_capturing_hook(hook) for hook in module._forward_hooks.values()):
                 return True
-            if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
+            if "_hf_hook" not in module.__dict__ and own_forward(module) is not None:
                 return True
     return False
 

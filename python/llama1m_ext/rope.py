@@ -78,13 +78,9 @@ class Rope:
         if n != positions.shape[1]:
             positions = positions[:, at : at + n]
         if q is None:
-            rotated, _ = ops.rope_apply(
-                k, None, positions, self.inv_freq, attention_scaling=self.scaling, q_out=k_out
-            )
+            rotated, _ = ops.rope_apply(k, None, positions, self.inv_freq, attention_scaling=self.scaling, q_out=k_out)
             return None, rotated
-        q, rotated_k = ops.rope_apply(
-            q, k, positions, self.inv_freq, attention_scaling=self.scaling, k_out=k_out
-        )
+        q, rotated_k = ops.rope_apply(q, k, positions, self.inv_freq, attention_scaling=self.scaling, k_out=k_out)
         assert rotated_k is not None
         return q, rotated_k
 

@@ -1,0 +1,44 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@contextlib.contextmanager
+def stock() -> Iterator[None]:
+    """transformers as it is without us."""
+    import llama1m_ext
+
+    llama1m_ext.disable()
+    try:
+        yield
+    finally:
+        llama1m_ext.enable()
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """Runs a script in a Python of its own, and returns what it printed."""
+
+    def run(script: str, timeout: float = 120, **environment: str) -> str:
+        answer = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **environment},
+        )
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        return answer.stdout
+
+    return run
