@@ -281,10 +281,10 @@ impl Problem<'_> {
     /// 0, so that a hidden key's -inf is never multiplied by 0).
     pub fn scaling(&self, pair: usize) -> (f64, f32) {
         let scale = self.softmax_scale * std::f64::consts::LOG2_E;
-        match pair {
-            1 => (scale, 1.0),
-            _ if scale == 0.0 => (0.0, 1.0),
-            _ => (scale.signum(), scale.abs() as f32),
+        match (pair, scale.abs() as f32) {
+            (1, _) => (scale, 1.0),
+            (_, 0.0) => (0.0, 1.0),
+            (_, magnitude) => (scale.signum(), magnitude),
         }
     }
 

@@ -102,10 +102,11 @@ fn pages_of_any_size_read_as_one() {
 
 #[test]
 fn any_finite_scale() {
-    for scale in [0.0, 1.0, -0.3, 3.0, 1e-30] {
+    for scale in [0.0, 1.0, -0.3, 3.0, 1e-30, 1e-280] {
         let c =
             Case { scale: Some(scale), slack: (8.0 * scale).abs().max(1.0), q_len: 33, kv_len: 65, ..Case::default() };
         c.check::<f32>(attention_forward, 1);
+        Case { slack: c.slack * 2.0, ..c.clone() }.check::<bf16>(attention_forward, 1);
         Case { q_len: 1, ..c }.check::<f32>(attention_decode, 1);
     }
 }

@@ -235,7 +235,8 @@ def test_a_forked_process_has_threads_of_its_own():
         want = ops.attention(q, q, q)
         pid = os.fork()
         if pid == 0:
-            ok = torch.equal(ops.attention(q, q, q), want)
+            # Compared by numpy: torch's own OpenMP operations don't survive a fork.
+            ok = (ops.attention(q, q, q).numpy() == want.numpy()).all()
             os._exit(0 if ok else 3)
         assert os.waitpid(pid, 0)[1] == 0
         print("fine")
