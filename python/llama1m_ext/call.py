@@ -163,7 +163,7 @@ def _arguments(model: Any, given: Mapping[str, Any]) -> str | None:
         return "output_hidden_states picks layers"
     if not getattr(config, "is_causal", True):
         return "the config says is_causal=False"
-    if model.training and (getattr(config, "attention_dropout", 0) or getattr(model, "gradient_checkpointing", False)):
+    if model.training and getattr(model, "gradient_checkpointing", False):
         return "training"
     if torch.jit.is_tracing():
         return "tracing"
@@ -190,8 +190,11 @@ def _layers(call: Call) -> str | None:
             return f"a layer is a {type(layer).__name__}"
         if layer._compiled_call_impl is not None:
             return "a compiled layer"
-        if not is_ours(layer.self_attn):
-            return f"the forward of a {type(layer.self_attn).__name__} is not ours"
+        attn = layer.self_attn
+        if not is_ours(attn):
+            return f"the forward of a {type(attn).__name__} is not ours"
+        if attn.training and attn.attention_dropout:
+            return "training with dropout"
     if not 8 <= layers[0].self_attn.head_dim <= 256:
         return f"head_dim {layers[0].self_attn.head_dim}"
     call.layers = layers

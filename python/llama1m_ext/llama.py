@@ -7,7 +7,6 @@ original, which is always at hand.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch

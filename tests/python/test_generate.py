@@ -7,10 +7,10 @@ import pickle
 
 import pytest
 import torch
-from conftest import stock
 from transformers import DynamicCache
 
 import llama1m_ext
+from conftest import stock
 from llama1m_ext import testing
 
 GREEDY = {

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import stock
 
 import llama1m_ext
+from conftest import stock
 from llama1m_ext import testing
 
 
