@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common};
+use super::{Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, table};
 use crate::cpu::rowwise::{FloatRows, Rows};
 use crate::cpu::vector::{Bf16, Dot, F16, Float, MAX_LANES, Raw, Vector};
 use crate::cpu::{kernels, merge, rope, rowwise};
@@ -175,19 +175,4 @@ unsafe fn peak(rounds: usize) -> u64 {
 }
 
 /// AVX2 + FMA + F16C.
-pub const AVX2: Kernels = Kernels {
-    panel: |dtype| match dtype {
-        DType::F32 => base::f32::KERNEL,
-        DType::BF16 => base::bf16::KERNEL,
-        DType::F16 => base::f16::KERNEL,
-    },
-    rows: |dtype| match dtype {
-        DType::F32 => base::f32_rows::KERNEL,
-        DType::BF16 => base::bf16_rows::KERNEL,
-        DType::F16 => base::f16_rows::KERNEL,
-    },
-    rotate: base::rotate,
-    accumulate: base::accumulate,
-    finish: base::finish,
-    peak: |_| peak,
-};
+pub const AVX2: Kernels = table!(peak | _ | peak);

@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common};
+use super::{Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, table};
 use crate::cpu::rowwise::{FloatRows, Rows};
 use crate::cpu::vector::{Bf16, Dot, F16, Float, Load, MAX_LANES, Raw, Vector};
 use crate::cpu::{kernels, merge, rope, rowwise};
@@ -309,22 +309,7 @@ unsafe fn peak_bf16(rounds: usize) -> u64 {
 }
 
 /// AVX-512 without BF16 dot products: everything in float32.
-pub const AVX512: Kernels = Kernels {
-    panel: |dtype| match dtype {
-        DType::F32 => base::f32::KERNEL,
-        DType::BF16 => base::bf16::KERNEL,
-        DType::F16 => base::f16::KERNEL,
-    },
-    rows: |dtype| match dtype {
-        DType::F32 => base::f32_rows::KERNEL,
-        DType::BF16 => base::bf16_rows::KERNEL,
-        DType::F16 => base::f16_rows::KERNEL,
-    },
-    rotate: base::rotate,
-    accumulate: base::accumulate,
-    finish: base::finish,
-    peak: |_| peak_f32,
-};
+pub const AVX512: Kernels = table!(peak | _ | peak_f32);
 
 /// AVX-512 with BF16 dot products for bf16 inputs.
 pub const AVX512_BF16: Kernels = Kernels {

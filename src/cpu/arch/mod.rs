@@ -177,6 +177,29 @@ macro_rules! instantiate_common {
 }
 use instantiate_common;
 
+/// The table of a level whose `base` module has a float32 kernel for each dtype.
+macro_rules! table {
+    (peak $peak:expr) => {
+        Kernels {
+            panel: |dtype| match dtype {
+                DType::F32 => base::f32::KERNEL,
+                DType::BF16 => base::bf16::KERNEL,
+                DType::F16 => base::f16::KERNEL,
+            },
+            rows: |dtype| match dtype {
+                DType::F32 => base::f32_rows::KERNEL,
+                DType::BF16 => base::bf16_rows::KERNEL,
+                DType::F16 => base::f16_rows::KERNEL,
+            },
+            rotate: base::rotate,
+            accumulate: base::accumulate,
+            finish: base::finish,
+            peak: $peak,
+        }
+    };
+}
+use table;
+
 /// How v is packed for an operand type.
 pub(super) trait PackV {
     /// See `kernels::pack_v`; for pairs `[keys / 2][dp]` units of two neighbouring keys.

@@ -4,7 +4,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 #![allow(clippy::needless_range_loop)] // rows and columns of a register tile are indices
 
-use super::{Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common};
+use super::{Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, table};
 use crate::cpu::rowwise::{FloatRows, Rows};
 use crate::cpu::vector::{Bf16, Dot, F16, Float, MAX_LANES, Raw, Vector};
 use crate::cpu::{kernels, merge, rope, rowwise};
@@ -151,19 +151,4 @@ unsafe fn peak(rounds: usize) -> u64 {
 }
 
 /// No instruction set beyond the target's baseline.
-pub const PORTABLE: Kernels = Kernels {
-    panel: |dtype| match dtype {
-        DType::F32 => base::f32::KERNEL,
-        DType::BF16 => base::bf16::KERNEL,
-        DType::F16 => base::f16::KERNEL,
-    },
-    rows: |dtype| match dtype {
-        DType::F32 => base::f32_rows::KERNEL,
-        DType::BF16 => base::bf16_rows::KERNEL,
-        DType::F16 => base::f16_rows::KERNEL,
-    },
-    rotate: base::rotate,
-    accumulate: base::accumulate,
-    finish: base::finish,
-    peak: |_| peak,
-};
+pub const PORTABLE: Kernels = table!(peak | _ | peak);
