@@ -148,7 +148,7 @@ def batch_encoding_shape(original: Any, owner: type) -> Any:
     return property(shape)
 
 
-def generate(original: Callable[..., Any], owner: type) -> Callable[..., Any]:
+def generate(original: Callable[..., Any], owner: Any) -> Callable[..., Any]:
     if not V5:
         return original
 

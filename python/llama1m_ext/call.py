@@ -182,7 +182,7 @@ def _layers(call: Call) -> str | None:
     stack = call.model.layers
     if type(stack) is not torch.nn.ModuleList:
         return f"the layers are a {type(stack).__name__}"
-    layers = list(stack._modules.values())[: call.model.config.num_hidden_layers]
+    layers: list[Any] = list(stack._modules.values())[: call.model.config.num_hidden_layers]
     if not layers:
         return "there are no layers"
     for layer in layers:
@@ -190,7 +190,7 @@ def _layers(call: Call) -> str | None:
             return f"a layer is a {type(layer).__name__}"
         if layer._compiled_call_impl is not None:
             return "a compiled layer"
-        attn = layer.self_attn
+        attn: Any = layer.self_attn
         if not is_ours(attn):
             return f"the forward of a {type(attn).__name__} is not ours"
         if attn.training and attn.attention_dropout:
@@ -209,8 +209,7 @@ def own_forward(module: Any) -> Any:
     own = module.__dict__.get("forward")
     if own is None or getattr(own, "__self__", None) is not module:
         return own
-    of_class = type(module).forward
-    return None if own.__func__ is of_class else own
+    return None if own.__func__ is getattr(type(module), "forward", None) else own
 
 
 def is_ours(module: Any) -> bool:
@@ -247,10 +246,10 @@ def _positions(call: Call, given: Mapping[str, Any]) -> str | None:
     ids = ids.long()
     if int(ids.min()) < 0:
         return "position_ids are negative"
-    if call.cache is None and given.get("attention_mask") is None and n > 1:
-        # Where transformers looks for packed sequences: a jump in the positions begins another one.
-        if bool((ids.diff(dim=-1) != 1).any()):
-            return "position_ids are packed sequences"
+    # Where transformers looks for packed sequences: a jump in the positions begins another one.
+    packable = call.cache is None and given.get("attention_mask") is None and n > 1
+    if packable and bool((ids.diff(dim=-1) != 1).any()):
+        return "position_ids are packed sequences"
     call.position_ids = ids
     return None
 

@@ -7,6 +7,7 @@ original, which is always at hand.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from . import ops
 from .cache import PagedLayer
 from .call import DTYPES, MARK, Call
 from .stats import count
+
+Forward = Callable[..., Any]
 
 
 def attention_forward(original: Forward, owner: type) -> Forward:

@@ -99,7 +99,7 @@ def read(llama_model: Any) -> Options:
 def llama_models(model: Any) -> list[Any]:
     """The `LlamaModel`s inside a model, a wrapper of one, or a pipeline."""
     module = sys.modules.get(LLAMA_MODULE)
-    root = model if hasattr(model, "modules") else getattr(model, "model", None)
+    root: Any = model if hasattr(model, "modules") else getattr(model, "model", None)
     if module is not None and hasattr(root, "modules"):
         found = [m for m in root.modules() if isinstance(m, module.LlamaModel)]
         if found:

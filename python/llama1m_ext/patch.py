@@ -112,7 +112,7 @@ def patch_model(model: Any) -> int:
     Returns:
         How many modules were changed.
     """
-    root = model if hasattr(model, "modules") else getattr(model, "model", None)
+    root: Any = model if hasattr(model, "modules") else getattr(model, "model", None)
     if not hasattr(root, "modules"):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     changed = 0

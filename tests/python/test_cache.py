@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from llama1m_ext import LongCache
-from llama1m_ext import cache as cache_module
+from llama1m_ext import LongCache, pages
 from llama1m_ext.cache import PagedLayer, paged_layers
 
 CROP_TAKES_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
@@ -30,8 +29,8 @@ def new_tokens(batch: int, n: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.fixture(autouse=True)
 def nan_in_new_pages(monkeypatch):
-    make = cache_module._page
-    monkeypatch.setattr(cache_module, "_page", lambda shape, like: make(shape, like).fill_(float("nan")))
+    make = pages._page
+    monkeypatch.setattr(pages, "_page", lambda shape, like: make(shape, like).fill_(float("nan")))
 
 
 def same(ours: PagedLayer, theirs: DynamicLayer) -> None:

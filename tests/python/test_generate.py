@@ -207,10 +207,10 @@ def test_inference_mode_then_no_grad(model):
 
 
 def test_unwritten_memory_of_pages_is_never_read(model, monkeypatch):
-    from llama1m_ext import cache
+    from llama1m_ext import pages
 
-    make = cache._page
-    monkeypatch.setattr(cache, "_page", lambda shape, like: make(shape, like).fill_(float("nan")))
+    make = pages._page
+    monkeypatch.setattr(pages, "_page", lambda shape, like: make(shape, like).fill_(float("nan")))
     ids, mask = left_padded([45, 20])
     for options, beams in (({"page_size": 9}, 2), ({"page_size": 64, "chunk": 10}, 1), ({"page_size": "auto"}, 1)):
         llama1m_ext.set_options(model, **options)
