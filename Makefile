@@ -23,10 +23,11 @@ test-rust: ## cargo's tests; no Python needed
 test-python: ## pytest, without the slow tests
 	$(PYTHON) -m pytest
 
-test-isa: ## the tests of the operations, once per ISA level of this machine
+test-isa: ## the operations' tests and cargo's, once per ISA level of this machine
 	@for level in $$($(PYTHON) -m llama1m_ext env --isa-levels); do \
 	    echo "== LLAMA1M_ISA=$$level"; \
 	    LLAMA1M_ISA=$$level $(PYTHON) -m pytest -q tests/python/test_attention.py tests/python/test_rope.py tests/python/test_merge.py tests/python/test_fuzz_ops.py || exit 1; \
+	    LLAMA1M_ISA=$$level cargo test || exit 1; \
 	done
 
 compat: ## the suite on the oldest versions supported, in an environment of its own
