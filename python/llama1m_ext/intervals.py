@@ -51,10 +51,9 @@ def from_mask(mask: Tensor | None, batch: int, kv_len: int) -> Intervals | str:
         return "attention_mask is not 2-D"
     if mask.shape != (batch, kv_len):
         return "attention_mask has another shape than the keys"
-    if mask.dtype != torch.bool:
-        mask = mask != 0
-    if bool(mask.all()):
+    if bool(mask.all()):  # before any conversion: every decoded token asks this of a mask as long as the context
         return ALL
+    mask = mask.bool()
     counts = mask.sum(-1)
     flags = mask.to(torch.uint8)  # argmax gives the first of equal values
     start = flags.argmax(-1)

@@ -77,10 +77,10 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
             for a, b in _chunks(0, silent, chunk):
                 # Nobody will look at these positions of the last layer: their keys and values are all that matters.
                 _keys_only(layer, hidden[:, a:b], call, page, a)
-                progress.step(cost.keys(b - a), call.batch * (b - a) / len(call.layers))
+                progress.step(cost.keys(b - a))
             for a, b in _chunks(silent, n, chunk):
                 _layer(layer, hidden[:, a:b], call, page, a)
-                progress.step(cost.chunk(a, b), call.batch * (b - a) / len(call.layers))
+                progress.step(cost.chunk(a, b))
     if keep < n:
         return model.norm(hidden[:, n - keep :])
     out = hidden

@@ -8,44 +8,46 @@ from typing import Any, Literal
 
 AUTO_TOKENS = 16_384
 """In "auto", prompts from this length on get a bar: shorter ones are done in seconds."""
-_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+_FORMAT = "prefill {percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
 
 
 class Progress:
     """A bar over the work of a prefill, in any unit that is proportional to time; what it shows is tokens.
 
-    A token at position p costs a constant and a share that grows with p, so tokens done are no measure of the time
-    left; predicted floating-point operations are. `TQDM_DISABLE=1` silences it as it does every other bar.
+    A token at position p costs a constant and a share that grows with p, and each token passes every layer, so what is
+    done of the work says how many tokens' worth is done and how much time is left. `TQDM_DISABLE=1` silences it as it
+    does every other bar.
 
     Args:
         show: an option `progress`.
         tokens: length of the prompt, all batch rows together.
-        work: sum of all the `work` that `step` will be given.
+        work: sum of all that `step` will be given.
     """
 
     def __init__(self, show: bool | Literal["auto"], tokens: int, work: float) -> None:
-        self.tokens, self.done = tokens, 0.0
+        self.tokens, self.work, self.done = tokens, work, 0.0
         self.bar: Any = None
         if show == "auto":
             show = tokens >= AUTO_TOKENS
         if show:
             from tqdm.auto import tqdm  # bars in notebooks too
 
-            self.bar = tqdm(total=work, desc="prefill", bar_format=_FORMAT, dynamic_ncols=True, mininterval=0.25)
+            self.bar = tqdm(total=work, bar_format=_FORMAT, dynamic_ncols=True, mininterval=0.25)
             self.start = time.perf_counter()
             self._label()
 
-    def step(self, work: float, tokens: float) -> None:
-        """`work` more is done, which is worth `tokens` of the prompt."""
-        self.done += tokens
+    def step(self, work: float) -> None:
+        """So much more is done."""
+        self.done += work
         if self.bar is not None:
             self._label()
             self.bar.update(work)
 
     def _label(self) -> None:
         seconds = time.perf_counter() - self.start
-        rate = f", {self.done / seconds:,.0f} tokens/s" if self.done and seconds > 0 else ""
-        self.bar.set_postfix_str(f"{self.done:,.0f}/{self.tokens:,} tokens{rate}", refresh=False)
+        tokens = self.tokens * self.done / self.work
+        rate = f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds > 0 else ""
+        self.bar.set_description_str(f"{tokens:,.0f}/{self.tokens:,} tokens{rate}", refresh=False)
 
     def __enter__(self) -> Progress:
         return self
