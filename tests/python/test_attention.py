@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llama1m_ext import _core, ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from llama1m_ext import _core, ops
 
 Q, K = (1, 4, 5, 64), (1, 2, 9, 64)
@@ -41,7 +42,11 @@ def call(**kw):
             ["k: expected kv_heads to divide q_heads=4, got 3"],
         ),
         ({"k": torch.randn(2, 2, 9, 64), "v": torch.randn(2, 2, 9, 64)}, ValueError, ["k", "[2, 2, 9, 64]"]),
-        ({"q": torch.randn(1, 4, 5, 4), "k": torch.randn(1, 2, 9, 4), "v": torch.randn(1, 2, 9, 4)}, ValueError, ["head_dim", "4"]),
+        (
+            {"q": torch.randn(1, 4, 5, 4), "k": torch.randn(1, 2, 9, 4), "v": torch.randn(1, 2, 9, 4)},
+            ValueError,
+            ["head_dim", "4"],
+        ),
         ({"q": torch.randn(1, 4, 64, 5).transpose(2, 3)}, ValueError, ["q", "stride 1", "stride 5"]),
         ({"q": torch.randn(Q, device="meta")}, TypeError, ["q", "CPU", "meta"]),
         ({"q": torch.randn(Q).to_sparse()}, TypeError, ["q", "strided", "sparse"]),
@@ -154,9 +159,13 @@ objects = st.one_of(
     st.lists(st.integers(), max_size=2),
     st.sampled_from([torch.float32, object(), torch.tensor(1.0), torch.zeros(0), torch.zeros(1, 0, 3, 8), np.zeros(3)]),
     st.builds(
-        lambda shape, dtype, flip: torch.zeros(shape, dtype=dtype).transpose(*flip) if len(shape) > 1 else torch.zeros(shape, dtype=dtype),
+        lambda shape, dtype, flip: (
+            torch.zeros(shape, dtype=dtype).transpose(*flip) if len(shape) > 1 else torch.zeros(shape, dtype=dtype)
+        ),
         st.lists(st.integers(0, 9), max_size=5),
-        st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.bool]),
+        st.sampled_from(
+            [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.bool]
+        ),
         st.sampled_from([(0, 1), (0, 0), (1, 0)]),
     ),
     st.builds(
@@ -169,7 +178,13 @@ objects = st.one_of(
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(args=st.lists(objects, min_size=4, max_size=5), kw=st.dictionaries(st.sampled_from(["causal", "softmax_scale", "q_start", "kv_start", "kv_end", "kv_len", "threads", "path"]), objects))
+@given(
+    args=st.lists(objects, min_size=4, max_size=5),
+    kw=st.dictionaries(
+        st.sampled_from(["causal", "softmax_scale", "q_start", "kv_start", "kv_end", "kv_len", "threads", "path"]),
+        objects,
+    ),
+)
 def test_no_arguments_crash_the_core(args, kw):
     for function, n in ((_core.attention, 5), (_core.merge_partials, 4), (_core.rope_apply, 6)):
         allowed = ("threads",) if function is not _core.attention else tuple(kw)
@@ -182,7 +197,13 @@ def test_no_arguments_crash_the_core(args, kw):
 
 @settings(max_examples=300, deadline=None)
 @given(
-    dims=st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 20), st.integers(0, 40), st.sampled_from([0, 7, 8, 64, 256, 257])),
+    dims=st.tuples(
+        st.integers(0, 3),
+        st.integers(0, 4),
+        st.integers(0, 20),
+        st.integers(0, 40),
+        st.sampled_from([0, 7, 8, 64, 256, 257]),
+    ),
     kv_heads=st.integers(0, 4),
     kw=st.fixed_dictionaries(
         {},

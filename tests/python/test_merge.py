@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from llama1m_ext import ops
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llama1m_ext import _core, ops
 
 # Llama-3's own, the model card's two, and the 4194k model's.
@@ -67,7 +68,9 @@ def rotate(x, positions, inv_freq, scaling):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
-@pytest.mark.parametrize("dtype,ulp", [(torch.float32, 2**-22), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)
+@pytest.mark.parametrize(
+    "dtype,ulp", [(torch.float32, 2**-22), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str
+)
 @pytest.mark.parametrize("head_dim,half", [(128, 64), (64, 32), (96, 20), (10, 5)])
 def test_rotation_is_rounded_once(dtype, ulp, head_dim, half):
     g = torch.Generator().manual_seed(0)
