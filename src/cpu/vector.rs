@@ -191,14 +191,17 @@ unsafe impl<V: Vector> Dot for Float<V> {
         unsafe { x.exp2() }
     }
     #[inline(always)]
-    unsafe fn put_p<const C: usize>(row: &[V; C], p: *mut u32, mut l: V) -> V {
+    unsafe fn put_p<const C: usize>(row: &[V; C], p: *mut u32, l: V) -> V {
         // SAFETY: as above.
         unsafe {
-            for (c, x) in row.iter().enumerate() {
+            // The row's own sum first: fewer additions of small numbers to a large l, each of which rounds l.
+            let mut sum = row[0];
+            row[0].store(p.cast());
+            for (c, x) in row.iter().enumerate().skip(1) {
                 x.store(p.cast::<f32>().add(c * V::LANES));
-                l = l.add(*x);
+                sum = sum.add(*x);
             }
-            l
+            l.add(sum)
         }
     }
 }
