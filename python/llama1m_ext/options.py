@@ -7,6 +7,8 @@ can be loaded where this package is not installed.
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +30,16 @@ class Options:
         progress: show a progress bar during a long prefill. `"auto"`: from 16384 tokens on.
         page_size: tokens of a page of the KV cache. `"auto"`: one page for the prompt with 6% of room, then pages of an
             eighth of the length.
+        kv: the format that the KV cache is kept in: `"model"` (the model's own dtype), `"int8"`, `"fp8"`, `"int4"`, or K and
+            V apart, `"int8/int4"` (also `"k8v4"`). The first 64 and the newest tokens always stay in the model's dtype, and a
+            prompt's own attention is computed before its keys and values become compact. `"auto"`: the first of
+            model, int8, int8/int4 and int4 that fits into memory.
+        offload: where pages live that don't fit: `"host"` (main memory), `"disk"` (a file), None (nowhere: an error
+            before the start). `"auto"`: the nearest that has room, where no format fits.
+        kv_memory: bytes of memory that the pages of a cache may take, as an int or "8GiB". `"auto"`: what is free.
+        offload_dir: the folder of that file. None: where temporary files go.
+        checkpoint: a folder. A long prefill leaves there what it needs to go on after a kill, layer by layer.
+        remember: a folder. Prompts read are kept there, and a prompt that begins as a kept one goes on from it.
         replace_sdpa: serve the model also where `attn_implementation="sdpa"` was asked for by name (which otherwise
             gets transformers' own sdpa, as any other name does).
 
@@ -39,6 +51,12 @@ class Options:
     min_layer_major_len: int | Literal["auto"] = "auto"
     progress: bool | Literal["auto"] = "auto"
     page_size: int | Literal["auto"] = "auto"
+    kv: str = "auto"
+    offload: Literal["auto", "host", "disk"] | None = "auto"
+    kv_memory: int | str = "auto"
+    offload_dir: str | None = None
+    checkpoint: str | None = None
+    remember: str | None = None
     replace_sdpa: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +68,20 @@ class Options:
                 raise TypeError(f'{name}: expected "auto" or an int, got {value!r}')
             if value < 1:
                 raise ValueError(f'{name}: expected "auto" or at least 1 token, got {value}')
+        if self.kv != "auto":
+            from .formats import KvFormat  # imports torch, which importing this package does not
+
+            KvFormat.parse(self.kv)
+        if self.offload not in ("auto", "host", "disk", None):
+            raise ValueError(f'offload: expected "auto", "host", "disk" or None, got {self.offload!r}')
+        if self.kv_memory != "auto":
+            parse_bytes("kv_memory", self.kv_memory)
+        for name in ("offload_dir", "checkpoint", "remember"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))  # builtins only: see the module's docstring
+            elif not (value is None or isinstance(value, str)):
+                raise TypeError(f"{name}: expected a path or None, got {value!r}")
         if not (isinstance(self.progress, bool) or self.progress == "auto"):
             raise TypeError(f'progress: expected "auto", True or False, got {self.progress!r}')
         if not isinstance(self.replace_sdpa, bool):
@@ -57,6 +89,28 @@ class Options:
 
 
 DEFAULT = Options()
+_UNITS = {"": 1, "b": 1, **{f"{p}{u}": 1024**i for i, p in enumerate("kmgt", 1) for u in ("", "ib")}}
+_UNITS |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """Bytes from an int or from "80GiB" (1024s; also "80G"), "80GB" (1000s), "1.5TiB".
+
+    Raises:
+        TypeError, ValueError: something else; `name` is what the message calls it.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f'{name}: expected bytes as an int or "8GiB", got {value!r}')
+    if isinstance(value, int):
+        bytes_ = value
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+        if match is None or match[2].lower() not in _UNITS:
+            raise ValueError(f'{name}: expected bytes as an int or "8GiB", got {value!r}')
+        bytes_ = int(float(match[1]) * _UNITS[match[2].lower()])
+    if bytes_ < 1:
+        raise ValueError(f"{name}: expected at least 1 byte, got {value!r}")
+    return bytes_
 
 
 def options(model: Any) -> Options:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .formats import GROUP, Compact, Side, name_of, width
+
 SPREAD = 0.15
 CHAT_TEMPLATE = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
@@ -141,3 +143,62 @@ def assert_no_worse(ours: Tensor, yardstick: Tensor, truth: Tensor, factor: floa
     """
     mine, theirs = error(ours, truth), error(yardstick, truth)
     assert mine <= factor * theirs, f"error against float64: {mine:.3e}, expected at most {factor} x {theirs:.3e}"
+
+
+def compact_reference(x: Tensor, name: str, which: str) -> Compact:
+    """What `ops.kv_append` makes of x `[batch, kv_heads, tokens, head_dim]`, written plainly in torch.
+
+    Args:
+        name: "int8", "int4" or "fp8".
+        which: "k" (a scale for each channel of 64 tokens) or "v" (for each 64 channels of a token).
+    """
+    batch, heads, tokens, head_dim = x.shape
+    wide, low, top = width(head_dim), *{"int8": (-128, 255), "int4": (-8, 15), "fp8": (-448, 896)}[name]
+    x = x.float()
+    groups = -(-tokens // GROUP) if which == "k" else wide // GROUP
+    codes = torch.zeros(batch, heads, tokens, wide)
+    params = torch.zeros(
+        batch, heads, *((groups, 2 * wide) if which == "k" else (2 * groups, tokens)), dtype=torch.float16
+    )
+    for g in range(groups):
+        rows, channels = slice(g * GROUP, (g + 1) * GROUP), slice(0, head_dim)
+        if which == "v":
+            rows, channels = slice(0, tokens), slice(g * GROUP, min((g + 1) * GROUP, head_dim))
+        part = x[:, :, rows, channels]
+        axis = 2 if which == "k" else 3
+        least, most = part.amin(axis, keepdim=True), part.amax(axis, keepdim=True)
+        scale = ((most - least) / top).half()
+        offset = (least - low * scale.float()).half()
+        # Outside float16, or not a number: not a number, never a wrong one.
+        bad = ~(part.isfinite().all(axis, keepdim=True) & offset.isfinite() & scale.isfinite())
+        offset = torch.where(bad, torch.nan, offset)
+        scale = torch.where(bad, 0, scale)
+        code = torch.where(scale == 0, 0, (part - offset.float()) / scale.float()).nan_to_num(0)
+        code = code.clamp(low, low + top)
+        code = code.to(torch.float8_e4m3fn).float() if name == "fp8" else code.round()
+        codes[:, :, rows, channels] = code
+        if which == "k":
+            params[:, :, g, :head_dim], params[:, :, g, wide : wide + head_dim] = scale.squeeze(2), offset.squeeze(2)
+        else:
+            params[:, :, g], params[:, :, groups + g] = scale.squeeze(3), offset.squeeze(3)
+    if name == "int4":
+        nibbles = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2, GROUP // 2))
+        return Compact((nibbles[..., 0, :] | nibbles[..., 1, :] << 4).flatten(-2), params)
+    return Compact(codes.to(torch.int8 if name == "int8" else torch.float8_e4m3fn), params)
+
+
+def dense_reference(side: Side, which: str, head_dim: int) -> Tensor:
+    """What a page's K or V stands for, `scale * code + offset`: float64 `[batch, kv_heads, tokens, head_dim]`."""
+    if not isinstance(side, Compact):
+        return side.double()
+    codes, params = side.codes, side.params.double()
+    if name_of(side) == "int4":
+        halves = codes.unflatten(-1, (-1, GROUP // 2))
+        values = torch.stack([halves & 15, halves >> 4], -2).flatten(-3).double() - 8
+    else:
+        values = codes.double()
+    if which == "k":
+        scale, offset = params.repeat_interleave(GROUP, 2)[:, :, : codes.shape[2]].chunk(2, -1)
+    else:
+        scale, offset = params.repeat_interleave(GROUP, 2).transpose(2, 3).chunk(2, -1)
+    return (values * scale + offset)[..., :head_dim]
