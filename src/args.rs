@@ -2,33 +2,116 @@
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::quant::{self, Axis, Codes, CompactRef, GROUP};
 use crate::tensor::{TensorMut, TensorRef};
 
 /// Smallest and largest head_dim served.
 pub const HEAD_DIM: std::ops::RangeInclusive<usize> = 8..=256;
 
-/// Where the keys and values of a call live: pages of tokens, each `[batch, kv_heads, tokens, head_dim]`.
-/// Dense K/V is one page.
+/// Keys or values of a page.
+#[derive(Debug, Clone, Copy)]
+pub enum Side<'a> {
+    /// `[batch, kv_heads, tokens, head_dim]` in q's dtype.
+    Dense(TensorRef<'a>),
+    /// Codes and scales, `[batch, kv_heads, tokens, width]`.
+    Compact(CompactRef<'a>),
+}
+
+impl<'a> From<TensorRef<'a>> for Side<'a> {
+    fn from(t: TensorRef<'a>) -> Self {
+        Self::Dense(t)
+    }
+}
+
+impl<'a> From<CompactRef<'a>> for Side<'a> {
+    fn from(c: CompactRef<'a>) -> Self {
+        Self::Compact(c)
+    }
+}
+
+impl Side<'_> {
+    /// `[batch, kv_heads, tokens, head_dim or width]`.
+    pub fn shape(&self) -> [usize; 4] {
+        match self {
+            Self::Dense(t) => t.shape(),
+            Self::Compact(c) => c.shape(),
+        }
+    }
+
+    /// The dtype of dense rows.
+    pub fn dtype(&self) -> Option<DType> {
+        match self {
+            Self::Dense(t) => Some(t.dtype()),
+            Self::Compact(_) => None,
+        }
+    }
+
+    /// One element in float64, bounds checked; for the reference.
+    pub fn get(&self, b: usize, h: usize, i: usize, d: usize) -> f64 {
+        match self {
+            Self::Dense(t) => f64::from(t.get(b, h, i, d)),
+            Self::Compact(c) => c.get(b, h, i, d),
+        }
+    }
+
+    /// Rows from token `i` on.
+    pub fn rows(&self, b: usize, h: usize, i: usize) -> Rows {
+        match self {
+            Self::Dense(t) => Rows {
+                ptr: t.row(b, h, i),
+                stride: t.row_bytes(),
+                codes: None,
+                params: std::ptr::null(),
+                params_stride: 0,
+            },
+            Self::Compact(c) => Rows {
+                ptr: c.rows.row(b, h, i),
+                stride: c.rows.row_bytes(),
+                codes: Some(c.codes),
+                params: match c.axis {
+                    Axis::Channel => c.params.row(b, h, i / GROUP).cast(),
+                    Axis::Token => c.params.row(b, h, 0).cast::<u16>().wrapping_add(i),
+                },
+                params_stride: c.params.row_bytes(),
+            },
+        }
+    }
+}
+
+/// Where the keys and values of a call live: pages of tokens, each `[batch, kv_heads, tokens, head_dim]`, dense or
+/// compact. Dense K/V is one page.
 #[derive(Debug)]
 pub struct KvRef<'a> {
-    k: Vec<TensorRef<'a>>,
-    v: Vec<TensorRef<'a>>,
+    k: Vec<Side<'a>>,
+    v: Vec<Side<'a>>,
     /// `start[p]` is the first token of page p; one more entry than pages.
     start: Vec<usize>,
     len: usize,
 }
 
-/// A run of tokens that lie in one page, so that rows are a fixed stride apart.
+/// Rows of k or of v, a fixed stride apart.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows {
+    /// First row.
+    pub ptr: *const u8,
+    /// Bytes between rows.
+    pub stride: usize,
+    /// What the rows are; None: dense.
+    pub codes: Option<Codes>,
+    /// float16. k: the scales of the group of tokens that the rows belong to, then its offsets (`width` each).
+    /// v: scales of the first 64 channels, from the first row's token on.
+    pub params: *const u16,
+    /// Bytes from the params of 64 channels of v to those of the next 64; after all scales come all offsets.
+    pub params_stride: usize,
+}
+
+/// A run of tokens that lie in one page; where its k is compact, in one group of 64 tokens.
 #[derive(Debug, Clone, Copy)]
 pub struct Run {
-    /// First row of k.
-    pub k: *const u8,
-    /// First row of v.
-    pub v: *const u8,
-    /// Bytes between k rows.
-    pub k_stride: usize,
-    /// Bytes between v rows.
-    pub v_stride: usize,
+    /// Rows of k.
+    pub k: Rows,
+    /// Rows of v.
+    pub v: Rows,
     /// Rows in the run.
     pub len: usize,
 }
@@ -43,36 +126,55 @@ impl<'a> KvRef<'a> {
         Self::paged(vec![k], vec![v], len)
     }
 
-    /// K and V as pages, of which the first `kv_len` tokens are in use. Pages may differ in size.
+    /// K and V as pages, of which the first `kv_len` tokens are in use. Pages may differ in size and in format.
     ///
     /// # Errors
     /// When pages disagree in batch, heads, head_dim or dtype, k and v pages differ, or `kv_len` exceeds the pages.
-    pub fn paged(k: Vec<TensorRef<'a>>, v: Vec<TensorRef<'a>>, kv_len: usize) -> Result<Self> {
+    pub fn paged<S: Into<Side<'a>>>(k: Vec<S>, v: Vec<S>, kv_len: usize) -> Result<Self> {
+        let k: Vec<Side> = k.into_iter().map(Into::into).collect();
+        let v: Vec<Side> = v.into_iter().map(Into::into).collect();
         if k.is_empty() || k.len() != v.len() {
             return Err(Error::value("v", format!("as many pages as k, at least one (k has {})", k.len()), v.len()));
         }
+        let dtype = k.iter().chain(&v).find_map(Side::dtype);
         let mut start = Vec::with_capacity(k.len() + 1);
         let mut at = 0usize;
         let first = k[0].shape();
+        // Dense rows have head_dim elements, compact ones a width; all must be of one kind each.
+        let head_dim = k.iter().chain(&v).find(|s| s.dtype().is_some()).map(|s| s.shape()[3]);
+        let wide = |s: &Side| match (s, head_dim) {
+            (Side::Dense(t), Some(d)) => t.shape()[3] == d,
+            (Side::Dense(_), None) => true,
+            (Side::Compact(c), Some(d)) => c.shape()[3] == quant::width(d),
+            (Side::Compact(c), None) => c.shape()[3] == first[3],
+        };
         for (i, (kp, vp)) in k.iter().zip(&v).enumerate() {
+            let v_name = || if k.len() == 1 { "v".into() } else { format!("v page {i}") };
+            for (s, name, of) in [(kp, format!("k page {i}"), ""), (vp, v_name(), "the dtype of k, ")] {
+                if let (Some(is), Some(want)) = (s.dtype(), dtype)
+                    && is != want
+                {
+                    return Err(Error::type_(name, format!("{of}{}", want.name()), is.name()));
+                }
+            }
             let (ks, vs) = (kp.shape(), vp.shape());
-            if kp.dtype() != k[0].dtype() {
-                return Err(Error::type_(format!("k page {i}"), k[0].dtype().name(), kp.dtype().name()));
-            }
-            if vp.dtype() != k[0].dtype() {
-                let name = if k.len() == 1 { "v".into() } else { format!("v page {i}") };
-                return Err(Error::type_(name, format!("the dtype of k, {}", k[0].dtype().name()), vp.dtype().name()));
-            }
-            if [ks[0], ks[1], ks[3]] != [first[0], first[1], first[3]] {
+            if [ks[0], ks[1]] != [first[0], first[1]] || !wide(kp) {
                 return Err(Error::value(
                     format!("k page {i}"),
                     format!("[{}, {}, any, {}] as page 0", first[0], first[1], first[3]),
                     format!("{ks:?}"),
                 ));
             }
-            if ks != vs {
-                let name = if k.len() == 1 { "v".into() } else { format!("v page {i}") };
-                return Err(Error::value(name, format!("the shape of k, {ks:?}"), format!("{vs:?}")));
+            if ks[..3] != vs[..3] || !wide(vp) {
+                return Err(Error::value(v_name(), format!("the shape of k, {ks:?}"), format!("{vs:?}")));
+            }
+            for (s, axis, name) in [(kp, Axis::Channel, "k"), (vp, Axis::Token, "v")] {
+                if let Side::Compact(c) = s
+                    && c.axis != axis
+                {
+                    let got = format!("{:?}", c.axis);
+                    return Err(Error::value(format!("{name} page {i}"), format!("scales by {axis:?}"), got));
+                }
             }
             start.push(at);
             at = at.checked_add(ks[2]).ok_or_else(|| Error::value("k", "fewer tokens", "more than 2^64"))?;
@@ -84,34 +186,38 @@ impl<'a> KvRef<'a> {
         Ok(Self { k, v, start, len: kv_len })
     }
 
-    /// `[batch, kv_heads, kv_len, head_dim]`.
+    /// `[batch, kv_heads, kv_len, head_dim]`; the last is the width where every page is compact.
     pub fn shape(&self) -> [usize; 4] {
         let s = self.k[0].shape();
-        [s[0], s[1], self.len, s[3]]
+        let all = self.k.iter().chain(&self.v);
+        let d = all.clone().find(|s| s.dtype().is_some()).map_or(s[3], |s| s.shape()[3]);
+        [s[0], s[1], self.len, d]
     }
 
-    /// Element type of k and v.
-    pub fn dtype(&self) -> DType {
-        self.k[0].dtype()
+    /// Element type of dense k and v; None where every page is compact.
+    pub fn dtype(&self) -> Option<DType> {
+        self.k.iter().chain(&self.v).find_map(Side::dtype)
     }
 
-    /// The longest run that starts at token `j` and stays within a page and below `end` (`j < end <= kv_len`).
+    /// Whether any page is compact.
+    pub fn is_compact(&self) -> bool {
+        self.k.iter().chain(&self.v).any(|s| s.dtype().is_none())
+    }
+
+    /// The longest run that starts at token `j` and stays within a page (and a group of compact k) and below `end`
+    /// (`j < end <= kv_len`).
     pub fn run(&self, b: usize, h: usize, j: usize, end: usize) -> Run {
         debug_assert!(j < end && end <= self.len);
         // The last page that starts at or before j and is not empty there.
         let p = self.start.partition_point(|&s| s <= j) - 1;
-        let (k, v) = (&self.k[p], &self.v[p]);
-        Run {
-            k: k.row(b, h, j - self.start[p]),
-            v: v.row(b, h, j - self.start[p]),
-            k_stride: k.row_bytes(),
-            v_stride: v.row_bytes(),
-            len: self.start[p + 1].min(end) - j,
-        }
+        let i = j - self.start[p];
+        let (k, v) = (self.k[p].rows(b, h, i), self.v[p].rows(b, h, i));
+        let len = self.start[p + 1].min(end) - j;
+        Run { k, v, len: if k.codes.is_some() { len.min(GROUP - i % GROUP) } else { len } }
     }
 
-    /// k and v elements as float32, bounds checked; for the reference.
-    pub fn get(&self, b: usize, h: usize, j: usize, d: usize) -> (f32, f32) {
+    /// k and v elements in float64, bounds checked; for the reference.
+    pub fn get(&self, b: usize, h: usize, j: usize, d: usize) -> (f64, f64) {
         assert!(j < self.len);
         let p = self.start.partition_point(|&s| s <= j) - 1;
         let i = j - self.start[p];
@@ -183,14 +289,11 @@ impl<'a> AttnArgs<'a> {
     pub fn validate(self) -> Result<Problem<'a>> {
         let [batch, q_heads, q_len, head_dim] = self.q.shape();
         let [kb, kv_heads, kv_len, kd] = self.kv.shape();
-        if self.kv.dtype() != self.q.dtype() {
-            return Err(Error::type_(
-                "k",
-                format!("the dtype of q, {}", self.q.dtype().name()),
-                self.kv.dtype().name(),
-            ));
+        if let Some(dtype) = self.kv.dtype().filter(|d| *d != self.q.dtype()) {
+            return Err(Error::type_("k", format!("the dtype of q, {}", self.q.dtype().name()), dtype.name()));
         }
-        if kb != batch || kd != head_dim {
+        let fits = kd == if self.kv.dtype().is_some() { head_dim } else { quant::width(head_dim) };
+        if kb != batch || !fits {
             let want = format!("[{batch}, kv_heads, kv_len, {head_dim}] to go with q {:?}", self.q.shape());
             return Err(Error::value("k", want, format!("{:?}", self.kv.shape())));
         }

@@ -5,8 +5,8 @@
 //! ```text
 //! door         py            pyo3: tensors come in, errors go out (feature `python`)
 //! operations   attention     check once, choose the kernel
-//! engine       cpu           attention_forward, attention_decode, rope_apply, merge_partials
-//! mathematics  args softmax tiling rope reference
+//! engine       cpu           attention_forward, attention_decode, kv_append, kv_read, rope_apply, merge_partials
+//! mathematics  args softmax tiling rope quant reference
 //! words        error dtype tensor
 //! ```
 //!
@@ -21,13 +21,14 @@ pub mod dtype;
 pub mod error;
 #[cfg(feature = "python")]
 mod py;
+pub mod quant;
 pub mod reference;
 pub mod rope;
 pub mod softmax;
 pub mod tensor;
 pub mod tiling;
 
-pub use args::{AttnArgs, KvRef};
+pub use args::{AttnArgs, KvRef, Side};
 pub use cpu::Context;
 pub use dtype::DType;
 pub use error::{Error, Result};

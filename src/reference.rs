@@ -10,7 +10,7 @@ pub fn attention_row(p: &Problem, b: usize, h: usize, i: usize) -> (Vec<f64>, f6
     let q: Vec<f64> = (0..p.head_dim).map(|d| f64::from(p.q.get(b, h, i, d))).collect();
     let scores: Vec<f64> = (lo..hi)
         .map(|j| {
-            let dot: f64 = q.iter().enumerate().map(|(d, x)| x * f64::from(p.kv.get(b, kv_head, j, d).0)).sum();
+            let dot: f64 = q.iter().enumerate().map(|(d, x)| x * p.kv.get(b, kv_head, j, d).0).sum();
             dot * p.softmax_scale
         })
         .collect();
@@ -23,7 +23,7 @@ pub fn attention_row(p: &Problem, b: usize, h: usize, i: usize) -> (Vec<f64>, f6
     for (s, j) in scores.iter().zip(lo..hi) {
         let w = (s - top).exp() / sum;
         for (d, o) in out.iter_mut().enumerate() {
-            *o += w * f64::from(p.kv.get(b, kv_head, j, d).1);
+            *o += w * p.kv.get(b, kv_head, j, d).1;
         }
     }
     (out, top + sum.ln())

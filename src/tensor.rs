@@ -50,18 +50,26 @@ pub fn span(shape: &[usize], stride: &[usize]) -> Option<usize> {
     last.checked_add(1).filter(|n| *n <= isize::MAX as usize / 4)
 }
 
-fn check(name: &str, dtype: DType, shape: [usize; 4], stride: [usize; 4], bytes: usize) -> Result<()> {
+fn check(name: &str, size: usize, of: &str, shape: [usize; 4], stride: [usize; 4], bytes: usize) -> Result<()> {
     if shape[3] > 1 && stride[3] != 1 {
         return Err(Error::value(name, "a contiguous last axis (stride 1)", format!("stride {}", stride[3])));
     }
     match span(&shape, &stride) {
-        Some(n) if n * dtype.size() <= bytes => Ok(()),
+        Some(n) if n * size <= bytes => Ok(()),
         _ => Err(Error::value(
             name,
             format!("a view inside its memory of {bytes} bytes"),
-            format!("shape {shape:?} with strides {stride:?} of {}", dtype.name()),
+            format!("shape {shape:?} with strides {stride:?} of {of}"),
         )),
     }
+}
+
+/// Two elements of an output must not share an address.
+fn check_unshared(name: &str, shape: [usize; 4], stride: [usize; 4]) -> Result<()> {
+    if shape.iter().zip(&stride).any(|(n, s)| *n > 1 && *s == 0) {
+        return Err(Error::value(name, "an output without expanded (stride 0) axes", format!("strides {stride:?}")));
+    }
+    Ok(())
 }
 
 impl<'a> TensorRef<'a> {
@@ -80,7 +88,7 @@ impl<'a> TensorRef<'a> {
         shape: [usize; 4],
         stride: [usize; 4],
     ) -> Result<Self> {
-        check(name, dtype, shape, stride, bytes)?;
+        check(name, dtype.size(), dtype.name(), shape, stride, bytes)?;
         Ok(Self { ptr, dtype, shape, stride, life: PhantomData })
     }
 
@@ -151,14 +159,8 @@ impl<'a> TensorMut<'a> {
         shape: [usize; 4],
         stride: [usize; 4],
     ) -> Result<Self> {
-        check(name, dtype, shape, stride, bytes)?;
-        if shape.iter().zip(&stride).any(|(n, s)| *n > 1 && *s == 0) {
-            return Err(Error::value(
-                name,
-                "an output without expanded (stride 0) axes",
-                format!("strides {stride:?}"),
-            ));
-        }
+        check(name, dtype.size(), dtype.name(), shape, stride, bytes)?;
+        check_unshared(name, shape, stride)?;
         Ok(Self { ptr, dtype, shape, stride, life: PhantomData })
     }
 
@@ -182,12 +184,146 @@ impl<'a> TensorMut<'a> {
         self.shape
     }
 
+    /// Bytes from one row (token) to the next.
+    pub fn row_bytes(&self) -> usize {
+        self.stride[2] * self.dtype.size()
+    }
+
     /// Where row `(batch, head, i)` begins. The result is only to be used within `head_dim` elements.
     #[inline(always)]
     pub fn row(&self, b: usize, h: usize, i: usize) -> *mut u8 {
         debug_assert!(b < self.shape[0] && h < self.shape[1] && i < self.shape[2]);
         let at = b * self.stride[0] + h * self.stride[1] + i * self.stride[2];
         self.ptr.wrapping_add(at * self.dtype.size())
+    }
+}
+
+/// Rows of bytes `[batch, heads, len, bytes]` that may be read: the codes of compact keys or values.
+#[derive(Debug, Clone, Copy)]
+pub struct BytesRef<'a> {
+    ptr: *const u8,
+    shape: [usize; 4],
+    stride: [usize; 4],
+    life: PhantomData<&'a u8>,
+}
+
+// SAFETY: as TensorRef.
+unsafe impl Send for BytesRef<'_> {}
+// SAFETY: as TensorRef.
+unsafe impl Sync for BytesRef<'_> {}
+
+impl<'a> BytesRef<'a> {
+    /// A view over `bytes` readable bytes from `ptr` on.
+    ///
+    /// # Errors
+    /// As [`TensorRef::from_raw`].
+    ///
+    /// # Safety
+    /// As [`TensorRef::from_raw`].
+    pub unsafe fn from_raw(
+        name: &str,
+        ptr: *const u8,
+        bytes: usize,
+        shape: [usize; 4],
+        stride: [usize; 4],
+    ) -> Result<Self> {
+        check(name, 1, "bytes", shape, stride, bytes)?;
+        Ok(Self { ptr, shape, stride, life: PhantomData })
+    }
+
+    /// A contiguous view over a slice.
+    ///
+    /// # Errors
+    /// When the slice is too short.
+    pub fn dense(name: &str, data: &'a [u8], shape: [usize; 4]) -> Result<Self> {
+        // SAFETY: a slice is valid for its length.
+        unsafe { Self::from_raw(name, data.as_ptr(), data.len(), shape, contiguous(shape)) }
+    }
+
+    /// `[batch, heads, len, bytes]`.
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    /// Bytes from one row (token) to the next.
+    pub fn row_bytes(&self) -> usize {
+        self.stride[2]
+    }
+
+    /// Where row `(batch, head, i)` begins; to be read within the last axis.
+    #[inline(always)]
+    pub fn row(&self, b: usize, h: usize, i: usize) -> *const u8 {
+        debug_assert!(b < self.shape[0] && h < self.shape[1] && i < self.shape[2]);
+        self.ptr.wrapping_add(b * self.stride[0] + h * self.stride[1] + i * self.stride[2])
+    }
+
+    /// A row as a slice; bounds are checked.
+    pub fn bytes(&self, b: usize, h: usize, i: usize) -> &'a [u8] {
+        let s = self.shape;
+        assert!(b < s[0] && h < s[1] && i < s[2], "row ({b}, {h}, {i}) outside {s:?}");
+        // SAFETY: inside the shape, which `check` found inside the memory; the last axis is contiguous.
+        unsafe { std::slice::from_raw_parts(self.row(b, h, i), s[3]) }
+    }
+}
+
+/// Rows of bytes that may be written; engines write disjoint rows from several threads.
+#[derive(Debug, Clone, Copy)]
+pub struct BytesMut<'a> {
+    ptr: *mut u8,
+    shape: [usize; 4],
+    stride: [usize; 4],
+    life: PhantomData<&'a mut u8>,
+}
+
+// SAFETY: as TensorMut.
+unsafe impl Send for BytesMut<'_> {}
+// SAFETY: as TensorMut.
+unsafe impl Sync for BytesMut<'_> {}
+
+impl<'a> BytesMut<'a> {
+    /// A writable view over `bytes` bytes from `ptr` on.
+    ///
+    /// # Errors
+    /// As [`TensorMut::from_raw`].
+    ///
+    /// # Safety
+    /// As [`TensorMut::from_raw`].
+    pub unsafe fn from_raw(
+        name: &str,
+        ptr: *mut u8,
+        bytes: usize,
+        shape: [usize; 4],
+        stride: [usize; 4],
+    ) -> Result<Self> {
+        check(name, 1, "bytes", shape, stride, bytes)?;
+        check_unshared(name, shape, stride)?;
+        Ok(Self { ptr, shape, stride, life: PhantomData })
+    }
+
+    /// A contiguous writable view over a slice.
+    ///
+    /// # Errors
+    /// When the slice is too short.
+    pub fn dense(name: &str, data: &'a mut [u8], shape: [usize; 4]) -> Result<Self> {
+        // SAFETY: a mutable slice is valid and unshared for its length.
+        unsafe { Self::from_raw(name, data.as_mut_ptr(), data.len(), shape, contiguous(shape)) }
+    }
+
+    /// `[batch, heads, len, bytes]`.
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    /// Bytes from one row (token) to the next.
+    pub fn row_bytes(&self) -> usize {
+        self.stride[2]
+    }
+
+    /// Where row `(batch, head, i)` begins; to be used within the last axis.
+    #[inline(always)]
+    pub fn row(&self, b: usize, h: usize, i: usize) -> *mut u8 {
+        debug_assert!(b < self.shape[0] && h < self.shape[1] && i < self.shape[2]);
+        self.ptr.wrapping_add(b * self.stride[0] + h * self.stride[1] + i * self.stride[2])
     }
 }
 

@@ -104,7 +104,7 @@ fn pages_must_agree() {
     let text = |r: llama1m_ext::Result<KvRef>| r.unwrap_err().to_string();
     assert!(text(KvRef::paged(vec![a, c], vec![a, c], 13)).contains("at most the 12 tokens"));
     assert!(text(KvRef::paged(vec![a, c], vec![a], 8)).contains("as many pages as k"));
-    assert!(text(KvRef::paged(vec![], vec![], 0)).contains("at least one"));
+    assert!(text(KvRef::paged::<TensorRef>(vec![], vec![], 0)).contains("at least one"));
     assert!(text(KvRef::paged(vec![a, c], vec![c, a], 8)).contains("v page 0"));
     assert!(text(KvRef::paged(vec![a, p([1, 1, 4, 16])], vec![a, c], 8)).contains("k page 1"));
     assert!(text(KvRef::dense(a, b([1, 2, 8, 16]))).contains("bfloat16"));

@@ -8,13 +8,15 @@ import numpy.typing as npt
 import torch
 
 Array = torch.Tensor | npt.NDArray[np.generic]
+Side = Array | tuple[torch.Tensor, torch.Tensor]
+"""Keys or values of a page: dense, or codes and params (`formats.Compact`)."""
 
 __version__: str
 
 def attention(
     q: Array,
-    k: Array | Sequence[Array],
-    v: Array | Sequence[Array],
+    k: Array | Sequence[Side],
+    v: Array | Sequence[Side],
     out: Array,
     lse: Array | None = None,
     *,
@@ -38,6 +40,15 @@ def merge_partials(
     threads: int = 1,
 ) -> None:
     """Joins partials `(outs[i], lses[i])` over disjoint keys into `out` and `lse`."""
+
+def kv_append(rows: Array, page: Side, at: int, of: str, *, threads: int = 1) -> None:
+    """Writes rows at token `at` of a page's keys (`of="k"`) or values (`of="v"`)."""
+
+def kv_read(page: Side, start: int, out: Array, of: str, *, threads: int = 1) -> None:
+    """Tokens `start ..` of a page's keys or values as dense rows, as many as `out` has."""
+
+def checksum(tensor: Array) -> int:
+    """64-bit xxh3 of a contiguous tensor's bytes."""
 
 def rope_apply(
     q: Array,

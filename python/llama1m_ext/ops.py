@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from . import _core
+from .formats import Compact, Page, Side
 
-__all__ = ["attention", "merge_partials", "rope_apply"]
+__all__ = ["attention", "kv_append", "kv_read", "merge_partials", "rope_apply"]
 
-Pages = Tensor | Sequence[Tensor]
+Pages = Side | Sequence[Side]
+Tensors = Tensor | Sequence[Tensor]
 
 
 def attention(
@@ -31,6 +33,7 @@ def attention(
     kv_end: Tensor | int | None = None,
     kv_len: int | None = None,
     return_lse: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention, blockwise: `softmax(softmax_scale * q k^T) v` over the visible keys.
 
@@ -41,8 +44,9 @@ def attention(
     Args:
         q: `[batch, q_heads, q_len, head_dim]`, head_dim 8 to 256.
         k: `[batch, kv_heads, kv_len, head_dim]` in q's dtype, kv_heads dividing q_heads; or pages of it: a list of
-            tensors `[batch, kv_heads, page_size, head_dim]` (sizes may differ) that follow each other.
-        v: as k.
+            tensors `[batch, kv_heads, page_size, head_dim]` (sizes may differ) that follow each other. A page may be
+            `formats.Compact`: decode then takes its codes in registers, prefill makes a block at a time dense.
+        v: as k; a page's k and v may be in different formats.
         causal: hide keys after the query's own position.
         softmax_scale: multiplies the scores; default `1 / sqrt(head_dim)`.
         q_start: absolute position of the first query; default `kv_len - q_len`.
@@ -50,9 +54,10 @@ def attention(
         kv_end: one past the last visible key of each batch row, likewise.
         kv_len: how many tokens of k and v are in use; default all. What lies beyond is never read.
         return_lse: also return the natural log-sum-exp of the scores.
+        out_dtype: q's dtype (default), or float32, for partials that are merged.
 
     Returns:
-        out `[batch, q_heads, q_len, head_dim]` in q's dtype, laid out `[batch, q_len, q_heads, head_dim]` in memory, so
+        out `[batch, q_heads, q_len, head_dim]` in q's dtype (or `out_dtype`), laid out `[batch, q_len, q_heads, head_dim]` in memory, so
         that `out.transpose(1, 2).reshape(batch, q_len, -1)` costs nothing; with `return_lse` also lse, float32
         `[batch, q_heads, q_len]`.
 
@@ -61,19 +66,64 @@ def attention(
         ValueError: shapes, strides or numbers that don't fit; the message names the argument and both values.
     """
     if torch.compiler.is_compiling():
-        pages_k, pages_v = _pages(k), _pages(v)
+        pages_k, pages_v = _flat(k), _flat(v)
         starts, ends = _row_tensor(kv_start, q), _row_tensor(kv_end, q)
         out, lse = torch.ops.llama1m_ext.attention(
-            q, pages_k, pages_v, causal, softmax_scale, q_start, starts, ends, kv_len, return_lse
+            q, pages_k, pages_v, causal, softmax_scale, q_start, starts, ends, kv_len, return_lse, out_dtype
         )
         return (out, lse) if return_lse else out
     _tensors("q", [q])
-    _tensors("k", k if isinstance(k, (list, tuple)) else [k])
-    _tensors("v", v if isinstance(v, (list, tuple)) else [v])
-    return _attention(q, k, v, causal, softmax_scale, q_start, kv_start, kv_end, kv_len, return_lse)
+    for name, pages in (("k", k), ("v", v)):
+        for page in _pages(pages):
+            _tensors(name, page if isinstance(page, Compact) else [page])
+    return _attention(q, k, v, causal, softmax_scale, q_start, kv_start, kv_end, kv_len, return_lse, out_dtype)
 
 
-def merge_partials(outs: Pages, lses: Pages) -> tuple[Tensor, Tensor]:
+def kv_append(k: Tensor, v: Tensor, page: Page, at: int) -> None:
+    """Writes keys and values into a page, made compact on the way where the page is compact (see `formats`).
+
+    Compact keys share scales over 64 tokens: they are written whole groups at a time, and a last group of fewer tokens
+    can't be added to later. A group with numbers that float16 can't hold becomes NaN.
+
+    Args:
+        k, v: `[batch, kv_heads, n, head_dim]`, float32, bfloat16 or float16; the page's dtype where it is dense.
+        page: where to.
+        at: first token of the page that is written; a multiple of 64 where its k is compact.
+
+    Raises:
+        TypeError, ValueError: as `attention`, before anything is written to the side that the message names.
+    """
+    threads = torch.get_num_threads()
+    _tensors("k", [k])
+    _tensors("v", [v])
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"v: expected the batch, heads and length of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    _core.kv_append(k, page.k, at, "k", threads=threads)
+    _core.kv_append(v, page.v, at, "v", threads=threads)
+
+
+def kv_read(page: Page, start: int, end: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tokens `start` to `end` of a page as dense keys and values, `[batch, kv_heads, end - start, head_dim]` each.
+
+    Args:
+        page: any format.
+        dtype: float32, bfloat16 or float16; the page's own where it is dense.
+
+    Raises:
+        TypeError, ValueError: as `attention`.
+    """
+    if not 0 <= start <= end:
+        raise ValueError(f"start, end: expected 0 <= start <= end, got {start} and {end}")
+    found = []
+    for of, side in (("k", page.k), ("v", page.v)):
+        first = side.codes if isinstance(side, Compact) else side
+        out = torch.empty((*first.shape[:2], end - start, head_dim), dtype=dtype, device=first.device)
+        _core.kv_read(side, start, out, of, threads=torch.get_num_threads())
+        found.append(out)
+    return found[0], found[1]
+
+
+def merge_partials(outs: Tensors, lses: Tensors) -> tuple[Tensor, Tensor]:
     """Joins attention over disjoint sets of keys: `lse = ln sum exp(lse_i)`, `out = sum exp(lse_i - lse) out_i`.
 
     Args:
@@ -152,11 +202,26 @@ def _tensors(name: str, tensors: Sequence[object]) -> None:
             )
 
 
-def _pages(x: Pages) -> list[Tensor]:
-    return list(x) if isinstance(x, (list, tuple)) else [x]  # type: ignore[list-item]
+def _pages(x: Pages) -> list[Side]:
+    if isinstance(x, Compact) or not isinstance(x, (list, tuple)):
+        return [x]  # type: ignore[list-item]
+    return list(x)
 
 
-def _unstack(name: str, x: Pages, rank: int) -> list[Tensor]:
+def _flat(x: Pages) -> list[Tensor]:
+    """Pages as an operator's schema can say them: codes are followed by their params."""
+    return [t for page in _pages(x) for t in (page if isinstance(page, Compact) else (page,))]
+
+
+def _unflat(x: Sequence[Tensor]) -> list[Side]:
+    """What `_flat` made flat; codes are told by their dtype."""
+    rest, found = iter(x), list[Side]()
+    for t in rest:
+        found.append(Compact(t, next(rest)) if t.dtype.itemsize == 1 else t)
+    return found
+
+
+def _unstack(name: str, x: Tensors, rank: int) -> list[Tensor]:
     if isinstance(x, Tensor):
         if x.dim() != rank + 1:
             raise ValueError(f"{name}: expected a list, or one tensor of rank {rank + 1}, got shape {tuple(x.shape)}")
@@ -174,12 +239,12 @@ def _row_tensor(x: Tensor | int | None, q: Tensor) -> Tensor | None:
     return torch.full((q.shape[0],), x, dtype=torch.int64)
 
 
-def _like(x: Tensor) -> Tensor:
+def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An output for x: `[batch, heads, len, head_dim]` over memory `[batch, len, heads, head_dim]`."""
     if x.dim() != 4:
         return torch.empty_like(x)  # the core names the argument and refuses
     batch, heads, length, head_dim = x.shape
-    return torch.empty((batch, length, heads, head_dim), dtype=x.dtype, device=x.device).transpose(1, 2)
+    return torch.empty((batch, length, heads, head_dim), dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
 
 
 def _attention(
@@ -193,13 +258,14 @@ def _attention(
     kv_end: Tensor | int | None,
     kv_len: int | None,
     return_lse: bool,
+    out_dtype: torch.dtype | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    out = _like(q)
+    out = _like(q, out_dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     _core.attention(
         q,
-        k,
-        v,
+        [k] if isinstance(k, Compact) else k,
+        [v] if isinstance(v, Compact) else v,
         out,
         lse,
         causal=causal,
@@ -261,8 +327,10 @@ def _attention_op(
     kv_end: Tensor | None,
     kv_len: int | None,
     return_lse: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r = _attention(q, list(k), list(v), causal, softmax_scale, q_start, kv_start, kv_end, kv_len, return_lse)
+    pages_k, pages_v = _unflat(k), _unflat(v)
+    r = _attention(q, pages_k, pages_v, causal, softmax_scale, q_start, kv_start, kv_end, kv_len, return_lse, out_dtype)
     return r if isinstance(r, tuple) else (r, q.new_empty(0, dtype=torch.float32))
 
 
@@ -278,8 +346,9 @@ def _(
     kv_end: Tensor | None,
     kv_len: int | None,
     return_lse: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
+    return _like(q, out_dtype), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
 
 
 @torch.library.custom_op("llama1m_ext::merge_partials", mutates_args=(), device_types="cpu")

@@ -4,14 +4,16 @@
 //! block of k and v is packed once and used by every panel. Memory beyond the outputs is one scratch per thread, a
 //! few hundred rows, whatever the lengths.
 
-use super::arch::{PanelKernel, prefetch};
+use super::arch::{Kernels, PanelKernel, prefetch};
+use super::codes::Dequantize;
 use super::kernels::{M_INIT, Panel};
 use super::partials::Partials;
 use super::scratch::Plan;
 use super::{Context, isa, pool};
-use crate::args::Problem;
+use crate::args::{Problem, Rows};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::quant::{Axis, width};
 use crate::softmax::lse_from_base2;
 use crate::tiling::{Shape, Tiling};
 
@@ -29,6 +31,9 @@ struct Scratch {
     l: usize,
     o: usize,
     hi: usize,
+    /// Rows of compact k and v of a block, made dense.
+    k_rows: usize,
+    v_rows: usize,
 }
 
 struct Task {
@@ -54,8 +59,8 @@ impl Plans {
         let dp = p.head_dim.next_multiple_of(kernel.multiple);
         let units = dp / kernel.pair;
         let row = 4 * (dp + units + kernel.lanes + 1);
-        let last = (0..p.batch).map(|b| width(p.visible(b, p.q_len - 1))).max().unwrap_or(0);
-        let first = (0..p.batch).map(|b| width(p.visible(b, 0))).max().unwrap_or(0).min(last);
+        let last = (0..p.batch).map(|b| span(p.visible(b, p.q_len - 1))).max().unwrap_or(0);
+        let first = (0..p.batch).map(|b| span(p.visible(b, 0))).max().unwrap_or(0).min(last);
         let tiling = Shape {
             heads: p.batch * p.kv_heads,
             q_len: p.q_len,
@@ -70,6 +75,7 @@ impl Plans {
         .choose();
         let rows = (tiling.block_q * p.group).next_multiple_of(kernel.rows);
         let mut plan = Plan::default();
+        let dense = if p.kv.is_compact() { kernel.keys * p.head_dim * p.q.dtype().size() / 4 + 1 } else { 0 };
         let scratch = Scratch {
             k: plan.words(units * kernel.keys),
             v: plan.words(kernel.keys / kernel.pair * dp),
@@ -79,6 +85,8 @@ impl Plans {
             l: plan.words(rows * kernel.lanes),
             q: plan.words(rows * units),
             o: plan.words(rows * dp),
+            k_rows: plan.words(dense),
+            v_rows: plan.words(dense),
             plan,
         };
         Self {
@@ -102,7 +110,7 @@ impl Plans {
     }
 }
 
-fn width((lo, hi): (usize, usize)) -> usize {
+fn span((lo, hi): (usize, usize)) -> usize {
     hi - lo
 }
 
@@ -127,7 +135,7 @@ pub fn attention_forward(p: &Problem, cx: &Context) -> Result<()> {
             // SAFETY: `active` chose kernels this CPU has, the scratch was planned for them, the problem is validated,
             // and rows of the output (or slots of the partials) belong to this task alone.
             unsafe {
-                attend(p, &plans, &t, scratch);
+                attend(p, &plans, kernels, &t, scratch);
                 store(p, &plans, &t, scratch, |row| {
                     (splits > 1).then(|| partials.slot(&slots, n / splits, t.split, row))
                 });
@@ -145,7 +153,7 @@ pub fn attention_forward(p: &Problem, cx: &Context) -> Result<()> {
 }
 
 /// Runs a task's queries over its share of the keys; leaves m, l and o in the scratch.
-unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
+unsafe fn attend(p: &Problem, plans: &Plans, kernels: &Kernels, t: &Task, scratch: *mut u8) {
     let (kernel, s) = (&plans.kernel, &plans.scratch);
     let rows = (t.q1 - t.q0) * p.group;
     let panels = rows.div_ceil(kernel.rows);
@@ -176,10 +184,16 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
             let mut j = 0;
             while j < n {
                 let run = p.kv.run(t.b, t.kv_head, k0 + j, k0 + n);
-                for i in 0..run.len {
-                    krows[j + i] = run.k.wrapping_add(i * run.k_stride);
-                    vrows[j + i] = run.v.wrapping_add(i * run.v_stride);
-                }
+                dense_rows(
+                    p,
+                    kernels,
+                    &run.k,
+                    Axis::Channel,
+                    run.len,
+                    at(s.k_rows).add(j * row_bytes),
+                    &mut krows[j..],
+                );
+                dense_rows(p, kernels, &run.v, Axis::Token, run.len, at(s.v_rows).add(j * row_bytes), &mut vrows[j..]);
                 j += run.len;
             }
             // Keys beyond n are zeros: masked, and never a stale NaN.
@@ -193,8 +207,10 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
             for panel in 0..panels {
                 if let Some(run) = &ahead {
                     for j in panel * per_panel..((panel + 1) * per_panel).min(run.len) {
-                        prefetch(run.k.wrapping_add(j * run.k_stride), row_bytes);
-                        prefetch(run.v.wrapping_add(j * run.v_stride), row_bytes);
+                        for rows in [&run.k, &run.v] {
+                            let bytes = rows.codes.map_or(row_bytes, |c| c.bytes(width(p.head_dim)));
+                            prefetch(rows.ptr.wrapping_add(j * rows.stride), bytes);
+                        }
                     }
                 }
                 let r0 = panel * kernel.rows;
@@ -227,6 +243,42 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
             }
             k0 += n;
         }
+    }
+}
+
+/// Where `n` rows of k or v lie: themselves, or at `dst` after they were made dense.
+unsafe fn dense_rows(
+    p: &Problem,
+    kernels: &Kernels,
+    rows: &Rows,
+    axis: Axis,
+    n: usize,
+    dst: *mut u8,
+    to: &mut [*const u8],
+) {
+    let dtype = p.q.dtype();
+    let row_bytes = p.head_dim * dtype.size();
+    let (ptr, stride) = if rows.codes.is_some() {
+        let wide = width(p.head_dim);
+        // SAFETY: the run is inside a validated page; the scratch was planned for a block of dense rows.
+        unsafe {
+            (kernels.dequantize)(&Dequantize {
+                rows: *rows,
+                axis,
+                n,
+                width: wide,
+                head_dim: p.head_dim,
+                dtype,
+                dst,
+                dst_stride: row_bytes,
+            });
+        }
+        (dst.cast_const(), row_bytes)
+    } else {
+        (rows.ptr, rows.stride)
+    };
+    for (i, to) in to.iter_mut().enumerate().take(n) {
+        *to = ptr.wrapping_add(i * stride);
     }
 }
 

@@ -6,12 +6,13 @@
 use super::arch::RowsKernel;
 use super::kernels::M_INIT;
 use super::partials::Partials;
-use super::rowwise::{BLOCK, Block};
+use super::rowwise::{BLOCK, Block, BlockCodes};
 use super::scratch::Plan;
 use super::{Context, isa, pool};
-use crate::args::Problem;
+use crate::args::{Problem, Rows};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::quant::{Codes, GROUP, width};
 use crate::softmax::lse_from_base2;
 
 /// Most rows of a kernel.
@@ -37,6 +38,9 @@ struct Plans {
     /// Zero-padded copies of a block of k and v, where head_dim is not a whole number of chunks.
     k: usize,
     v: usize,
+    /// Where pages are compact: q in float32 and operands made on the way; see `BlockCodes`.
+    q32: usize,
+    units: usize,
 }
 
 struct Task {
@@ -50,7 +54,8 @@ struct Task {
 impl Plans {
     fn new(p: &Problem, kernel: RowsKernel, threads: usize) -> Self {
         let chunk = kernel.lanes * kernel.pair;
-        let dp = p.head_dim.next_multiple_of(chunk);
+        let compact = p.kv.is_compact();
+        let dp = if compact { width(p.head_dim) } else { p.head_dim.next_multiple_of(chunk) };
         let tiles = (p.group * p.q_len).div_ceil(ROWS);
         let most = (0..p.batch).map(|b| p.visible(b, p.q_len - 1)).map(|(lo, hi)| hi - lo).max().unwrap_or(0);
         let wanted = (threads * SHARES).div_ceil((p.batch * p.kv_heads * tiles).max(1));
@@ -70,6 +75,8 @@ impl Plans {
             o: plan.words(ROWS * dp),
             k: plan.words(padded),
             v: plan.words(padded),
+            q32: plan.words(if compact { ROWS * dp } else { 0 }),
+            units: plan.words(if compact { ROWS * dp.max(BLOCK) / kernel.pair } else { 0 }),
             plan,
         }
     }
@@ -109,8 +116,8 @@ pub fn attention_decode(p: &Problem, cx: &Context) -> Result<()> {
             // SAFETY: `active` chose kernels this CPU has, the scratch was planned for them, the problem is validated,
             // and rows of the output (or slots of the partials) belong to this task alone.
             unsafe {
-                attend(p, &plans, &t, scratch);
-                store(p, &plans, &t, scratch, kernels, |row| {
+                let layout = attend(p, &plans, &t, scratch);
+                store(p, &plans, &t, scratch, layout, kernels, |row| {
                     (splits > 1).then(|| partials.slot(&slots, n / splits, t.split, row))
                 });
             }
@@ -133,7 +140,8 @@ impl Plans {
     }
 }
 
-unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
+/// Runs a task's rows over its share of the keys; leaves m, l and o in the scratch and says how o is laid out.
+unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) -> Option<Codes> {
     let kernel = &plans.kernel;
     let (last, _) = place(p, t, t.rows - 1);
     let (first, _) = place(p, t, 0);
@@ -144,7 +152,7 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
     let pick = t.rows.next_power_of_two().trailing_zeros() as usize;
     let rows = 1 << pick;
     let dtype = p.q.dtype();
-    let row_bytes = p.head_dim * dtype.size();
+    let mut layout = None;
     // SAFETY: offsets and sizes are the plan's; k and v rows come from runs inside validated views.
     unsafe {
         let at = |offset: usize| scratch.add(offset);
@@ -152,7 +160,12 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
         std::slice::from_raw_parts_mut(m, rows).fill(M_INIT);
         std::ptr::write_bytes(l, 0, rows * kernel.lanes);
         std::ptr::write_bytes(o, 0, rows * plans.dp);
-        pack_q(p, plans, t, rows, at(plans.q).cast());
+        if lo < hi {
+            pack_q(p, plans, t, rows, at(plans.q).cast());
+            if p.kv.is_compact() {
+                widen_q(p, plans, t, rows, at(plans.q32).cast());
+            }
+        }
         let mut limits = [0i32; ROWS];
         let mut j = lo;
         while j < hi {
@@ -164,19 +177,10 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
                     let (i, _) = place(p, t, r.min(t.rows - 1));
                     *limit = p.visible(t.b, i).1.saturating_sub(j + done).min(n) as i32;
                 }
-                let (mut k, mut v) = (run.k.wrapping_add(done * run.k_stride), run.v.wrapping_add(done * run.v_stride));
-                let (mut k_stride, mut v_stride) = (run.k_stride, run.v_stride);
-                if plans.dp != p.head_dim {
-                    let wide = plans.dp * dtype.size();
-                    for (src, stride, dst) in [(k, k_stride, at(plans.k)), (v, v_stride, at(plans.v))] {
-                        std::ptr::write_bytes(dst, 0, n * wide);
-                        for i in 0..n {
-                            std::ptr::copy_nonoverlapping(src.add(i * stride), dst.add(i * wide), row_bytes);
-                        }
-                    }
-                    (k, v, k_stride, v_stride) = (at(plans.k), at(plans.v), wide, wide);
-                }
-                (kernel.block[pick])(&Block {
+                let (k, k_stride) = dense_rows(p, plans, &run.k, done, n, at(plans.k));
+                let (v, v_stride) = dense_rows(p, plans, &run.v, done, n, at(plans.v));
+                let bytes = |rows: &Rows| rows.codes.map_or(plans.dp * dtype.size(), |c| c.bytes(plans.dp));
+                let block = Block {
                     q: at(plans.q).cast(),
                     k,
                     k_stride,
@@ -188,12 +192,105 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) {
                     o,
                     s: at(plans.s).cast(),
                     chunks: plans.dp / plans.chunk,
-                    scale: p.scaling(kernel.pair).1,
+                    // Compact keys meet a q that has it all.
+                    scale: if run.k.codes.is_some() { 1.0 } else { p.scaling(kernel.pair).1 },
                     hi: limits.as_ptr(),
-                });
+                    codes: BlockCodes {
+                        q: at(plans.q32).cast(),
+                        width: plans.dp,
+                        k_params: run.k.params,
+                        v_params: run.v.params.wrapping_add(done),
+                        v_params_stride: run.v.params_stride,
+                        k_bytes: bytes(&run.k),
+                        v_bytes: bytes(&run.v),
+                        units: at(plans.units).cast(),
+                    },
+                };
+                if run.v.codes != layout {
+                    relay(plans, rows, o, layout, run.v.codes);
+                    layout = run.v.codes;
+                }
+                match (run.k.codes, run.v.codes) {
+                    (None, None) => (kernel.block[pick])(&block),
+                    (k, v) => {
+                        k.map_or(kernel.scores, |c| kernel.codes.scores[c as usize])[pick](&block);
+                        kernel.codes.softmax[usize::from(v.is_some())][pick](&block);
+                        v.map_or(kernel.values, |c| kernel.codes.values[c as usize])[pick](&block);
+                    }
+                }
                 done += n;
             }
             j += run.len;
+        }
+    }
+    layout
+}
+
+/// Rows as the kernel can take them, and the bytes between them: codes as they are, and dense rows too unless head_dim
+/// must be padded, which needs a copy at `dst`.
+unsafe fn dense_rows(
+    p: &Problem,
+    plans: &Plans,
+    rows: &Rows,
+    done: usize,
+    n: usize,
+    dst: *mut u8,
+) -> (*const u8, usize) {
+    let src = rows.ptr.wrapping_add(done * rows.stride);
+    if rows.codes.is_some() || plans.dp == p.head_dim {
+        return (src, rows.stride);
+    }
+    let size = p.q.dtype().size();
+    let wide = plans.dp * size;
+    // SAFETY: n rows of the run; the destination was planned for BLOCK padded rows.
+    unsafe {
+        std::ptr::write_bytes(dst, 0, n * wide);
+        for i in 0..n {
+            std::ptr::copy_nonoverlapping(src.add(i * rows.stride), dst.add(i * wide), p.head_dim * size);
+        }
+    }
+    (dst, wide)
+}
+
+/// Element of a row of o that position `n` of the layout holds.
+fn element(plans: &Plans, layout: Option<Codes>, n: usize) -> usize {
+    let (chunk, order) = match layout {
+        None => (plans.chunk, plans.kernel.order),
+        Some(c) => (GROUP, plans.kernel.codes.order[c as usize]),
+    };
+    n / chunk * chunk + order(n % chunk / plans.kernel.lanes, n % plans.kernel.lanes)
+}
+
+/// Lays the rows of o out anew: each kind of v leaves them in an order of its own.
+unsafe fn relay(plans: &Plans, rows: usize, o: *mut f32, from: Option<Codes>, to: Option<Codes>) {
+    for r in 0..rows {
+        // SAFETY: the plan has dp elements for each row.
+        let row = unsafe { std::slice::from_raw_parts_mut(o.add(r * plans.dp), plans.dp) };
+        let mut straight = [0.0f32; 256];
+        for (n, x) in row.iter().enumerate() {
+            straight[element(plans, from, n)] = *x;
+        }
+        for (n, x) in row.iter_mut().enumerate() {
+            *x = straight[element(plans, to, n)];
+        }
+    }
+}
+
+/// Rows of q to float32 `[rows][dp]`, times all that makes scores in base 2; zero beyond head_dim.
+unsafe fn widen_q(p: &Problem, plans: &Plans, t: &Task, rows: usize, dst: *mut f32) {
+    let dtype = p.q.dtype();
+    let factor = p.scaling(1).0;
+    for r in 0..rows {
+        for d in 0..plans.dp {
+            // SAFETY: inside the plan; q is read below head_dim only.
+            unsafe {
+                let mut x = 0.0;
+                if r < t.rows && d < p.head_dim && factor != 0.0 {
+                    let (i, head) = place(p, t, r);
+                    x = f64::from(dtype.read(p.q.row(t.b, head, i).add(d * dtype.size()))) * factor;
+                }
+                *dst.add(r * plans.dp + d) = x as f32;
+            }
         }
     }
 }
@@ -225,6 +322,7 @@ unsafe fn store(
     plans: &Plans,
     t: &Task,
     scratch: *mut u8,
+    layout: Option<Codes>,
     kernels: &super::arch::Kernels,
     partial: impl Fn(usize) -> Option<*mut f32>,
 ) {
@@ -240,10 +338,8 @@ unsafe fn store(
             let m = *scratch.add(plans.m).cast::<f32>().add(row);
             let o = std::slice::from_raw_parts(scratch.add(plans.o).cast::<f32>().add(row * plans.dp), plans.dp);
             // Undo the order in which pairs of rows came apart.
-            for (c, chunk) in o.chunks_exact(plans.chunk).enumerate() {
-                for (a, x) in chunk.iter().enumerate() {
-                    straight[c * plans.chunk + (kernel.order)(a / kernel.lanes, a % kernel.lanes)] = *x;
-                }
+            for (n, x) in o.iter().enumerate() {
+                straight[element(plans, layout, n)] = *x;
             }
             let inv = if l == 0.0 { 0.0 } else { 1.0 / l };
             let lse = lse_from_base2(m, l);

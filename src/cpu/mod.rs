@@ -1,13 +1,16 @@
 //! The CPU engine: blockwise attention, decode, RoPE and merges over borrowed memory.
 //!
-//! `attention` (prefill, packed panels), `decode` (few rows, row-major), `rope`, `merge` are the verbs; `kernels` and
-//! `rowwise` hold the arithmetic once, `arch/` compiles it per instruction set, `isa` chooses at run time.
+//! `attention` (prefill, packed panels), `decode` (few rows, row-major), `kv`, `rope`, `merge` are the verbs; `kernels`,
+//! `rowwise`, `codes` and `compact` hold the arithmetic once, `arch/` compiles it per instruction set, `isa` chooses at run time.
 
 pub mod arch;
 pub mod attention;
+pub mod codes;
+pub mod compact;
 pub mod decode;
 pub mod isa;
 pub mod kernels;
+pub mod kv;
 pub mod merge;
 mod openmp;
 mod partials;

@@ -110,14 +110,44 @@ pub struct Block {
     pub scale: f32,
     /// row r sees keys `j < hi[r]` of the block
     pub hi: *const i32,
+    /// what a block with compact k or v needs besides
+    pub codes: BlockCodes,
+}
+
+/// Where codes come in; unused where k and v are dense.
+#[derive(Clone, Copy)]
+pub struct BlockCodes {
+    /// `[R][width]` float32: q times what makes scores in base 2 (the block's `scale` is 1 then)
+    pub q: *const f32,
+    /// codes of a row
+    pub width: usize,
+    /// k's params, see `args::Rows`
+    pub k_params: *const u16,
+    /// v's params
+    pub v_params: *const u16,
+    /// bytes between those of 64 channels
+    pub v_params_stride: usize,
+    /// bytes of a k row
+    pub k_bytes: usize,
+    /// bytes of a v row
+    pub v_bytes: usize,
+    /// scratch for operands: `[R][max(width, BLOCK) / PAIR]` units
+    pub units: *mut u32,
 }
 
 /// `R * KT == 16`; `PC` accumulators for each row in the p v pass (a multiple of PAIR).
 #[inline(always)]
 pub unsafe fn block<D: Rows, const R: usize, const KT: usize, const PC: usize>(a: &Block) {
+    scores::<D, R, KT>(a);
+    softmax::<D, R, true>(a);
+    values::<D, R, PC>(a);
+}
+
+/// S = q k^T, KT keys at a time.
+#[inline(always)]
+pub unsafe fn scores<D: Rows, const R: usize, const KT: usize>(a: &Block) {
     let lanes = D::V::LANES;
     let width = a.chunks * lanes;
-    // S = q k^T, KT keys at a time.
     let mut j = 0;
     while j < a.n {
         let mut acc = [D::V::splat(0.0); 16];
@@ -149,7 +179,14 @@ pub unsafe fn block<D: Rows, const R: usize, const KT: usize, const PC: usize>(a
         }
         j += KT;
     }
-    // Softmax, a row at a time.
+}
+
+/// Scores to probabilities, a row at a time: operand units if UNITS, else float32 and zeros to the end of the block.
+#[inline(always)]
+pub unsafe fn softmax<D: Dot, const R: usize, const UNITS: bool>(a: &Block) {
+    let lanes = D::V::LANES;
+    // The row of o, whichever way it is laid out.
+    let wide = if UNITS { a.chunks * lanes * D::PAIR } else { a.codes.width };
     let scale = D::V::splat(a.scale);
     for r in 0..R {
         let s = a.s.add(r * BLOCK);
@@ -167,15 +204,24 @@ pub unsafe fn block<D: Rows, const R: usize, const KT: usize, const PC: usize>(a
             let f = D::V::splat(old - new).exp2();
             let l = a.l.add(r * lanes);
             D::V::load(l).mul(f).store(l);
-            for d in (0..a.chunks * D::CHUNK).step_by(lanes) {
-                let o = a.o.add(r * a.chunks * D::CHUNK + d);
+            for d in (0..wide).step_by(lanes) {
+                let o = a.o.add(r * wide + d);
                 D::V::load(o).mul(f).store(o);
             }
         }
         let m = D::V::splat(*a.m.add(r));
         let mut l = D::V::load(a.l.add(r * lanes));
         // Units are written over the scores: never ahead of what is read.
-        if D::PAIR == 2 {
+        if !UNITS {
+            for i in (0..BLOCK).step_by(lanes) {
+                let mut x = D::V::splat(0.0);
+                if i < a.n {
+                    x = D::exp2(D::V::load(s.add(i)).mul_sub(scale, m));
+                    l = l.add(x);
+                }
+                x.store(s.add(i));
+            }
+        } else if D::PAIR == 2 {
             for i in (0..a.n).step_by(2 * lanes) {
                 let x = D::exp2(D::V::load(s.add(i)).mul_sub(scale, m));
                 let y = if i + lanes < a.n {
@@ -193,7 +239,11 @@ pub unsafe fn block<D: Rows, const R: usize, const KT: usize, const PC: usize>(a
         }
         l.store(a.l.add(r * lanes));
     }
-    // o += p v, PC accumulators a row at a time; v rows are read in runs of PC * lanes elements.
+}
+
+/// o += p v, PC accumulators a row at a time; v rows are read in runs of PC * lanes elements.
+#[inline(always)]
+pub unsafe fn values<D: Rows, const R: usize, const PC: usize>(a: &Block) {
     let per = PC / D::PAIR;
     let mut c0 = 0;
     while c0 < a.chunks {

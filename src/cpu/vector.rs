@@ -68,6 +68,40 @@ pub unsafe trait Vector: Copy {
             }
         }
     }
+    /// LANES signed bytes as numbers.
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        // SAFETY: the module's contract, here and below.
+        unsafe { Self::from_fn(|i| f32::from(*p.add(i) as i8)) }
+    }
+    /// The low halves of LANES bytes, minus 8.
+    #[inline(always)]
+    unsafe fn load_low4(p: *const u8) -> Self {
+        // SAFETY: as above.
+        unsafe { Self::from_fn(|i| f32::from(*p.add(i) & 15) - 8.0) }
+    }
+    /// The high halves of LANES bytes, minus 8.
+    #[inline(always)]
+    unsafe fn load_high4(p: *const u8) -> Self {
+        // SAFETY: as above.
+        unsafe { Self::from_fn(|i| f32::from(*p.add(i) >> 4) - 8.0) }
+    }
+    /// LANES e4m3 as numbers.
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self {
+        // SAFETY: as above.
+        unsafe { Self::from_fn(|i| crate::quant::e4m3_to_f32(*p.add(i))) }
+    }
+    /// Lane i is `f(i)`.
+    #[inline(always)]
+    unsafe fn from_fn(f: impl Fn(usize) -> f32) -> Self {
+        let mut x = [0.0f32; MAX_LANES];
+        for (i, x) in x.iter_mut().enumerate().take(Self::LANES) {
+            *x = f(i);
+        }
+        // SAFETY: MAX_LANES elements.
+        unsafe { Self::load(x.as_ptr()) }
+    }
     /// Asks for the cache line at `p`; never faults.
     #[inline(always)]
     unsafe fn prefetch(_p: *const u8) {}

@@ -7,6 +7,7 @@ use super::{detached, tensor};
 use crate::args::{AttnArgs, KvRef};
 use crate::attention as operation;
 use crate::error::Error;
+use crate::quant::Axis;
 
 /// One entry for each batch row: from an int64 vector, or one int for all rows.
 fn per_row(name: &str, o: Option<&Bound<'_, PyAny>>, batch: usize) -> PyResult<Option<Vec<i64>>> {
@@ -23,6 +24,7 @@ fn per_row(name: &str, o: Option<&Bound<'_, PyAny>>, batch: usize) -> PyResult<O
 
 /// Exact attention on CPU tensors or numpy arrays, written to `out` and `lse`.
 ///
+/// k and v are tensors, or lists of pages, each a tensor or a tuple `(codes, params)`.
 /// `path` is "auto", "prefill" or "decode". See `llama1m_ext.ops.attention`.
 #[pyfunction]
 #[pyo3(signature = (q, k, v, out, lse=None, *, causal=true, softmax_scale=None, q_start=None, kv_start=None, kv_end=None, kv_len=None, threads=1, path="auto"))]
@@ -55,11 +57,11 @@ pub fn attention(
     };
     let mut ks = Vec::with_capacity(k_pages.len());
     for (i, o) in k_pages.iter().enumerate() {
-        ks.push(tensor::rows(&view("k", &k_pages, i), o)?);
+        ks.push(tensor::side(&view("k", &k_pages, i), o, Axis::Channel)?);
     }
     let mut vs = Vec::with_capacity(v_pages.len());
     for (i, o) in v_pages.iter().enumerate() {
-        vs.push(tensor::rows(&view("v", &v_pages, i), o)?);
+        vs.push(tensor::side(&view("v", &v_pages, i), o, Axis::Token)?);
     }
     let held: usize = ks.iter().map(|p| p.shape()[2]).sum();
     let q = tensor::rows("q", q)?;

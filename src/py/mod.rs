@@ -2,6 +2,7 @@
 
 mod attention;
 mod error;
+mod kv;
 mod probe;
 mod rope;
 mod tensor;
@@ -39,6 +40,9 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add_function(wrap_pyfunction!(attention::attention, m)?)?;
     m.add_function(wrap_pyfunction!(attention::merge_partials, m)?)?;
+    m.add_function(wrap_pyfunction!(kv::kv_append, m)?)?;
+    m.add_function(wrap_pyfunction!(kv::kv_read, m)?)?;
+    m.add_function(wrap_pyfunction!(kv::checksum, m)?)?;
     m.add_function(wrap_pyfunction!(rope::rope_apply, m)?)?;
     m.add_function(wrap_pyfunction!(rope::cos_sin, m)?)?;
     m.add_function(wrap_pyfunction!(probe::isa, m)?)?;

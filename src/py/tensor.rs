@@ -7,9 +7,12 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyString, PyTuple};
 
 use super::error::raise;
+use crate::args::Side;
+use crate::cpu::kv::SideMut;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{TensorMut, TensorRef, span};
+use crate::quant::{Axis, Codes, CompactMut, CompactRef};
+use crate::tensor::{BytesMut, BytesRef, TensorMut, TensorRef, span};
 
 /// What torch gives once: its tensor type and dtypes, compared by identity.
 struct Torch {
@@ -20,6 +23,9 @@ struct Torch {
     float16: Py<PyAny>,
     float64: Py<PyAny>,
     int64: Py<PyAny>,
+    int8: Py<PyAny>,
+    uint8: Py<PyAny>,
+    fp8: Py<PyAny>,
 }
 
 static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
@@ -40,6 +46,9 @@ fn torch(py: Python<'_>) -> PyResult<Option<&Torch>> {
         float16: get("float16")?,
         float64: get("float64")?,
         int64: get("int64")?,
+        int8: get("int8")?,
+        uint8: get("uint8")?,
+        fp8: get("float8_e4m3fn")?,
     };
     Ok(Some(TORCH.get_or_init(py, || made)))
 }
@@ -50,6 +59,7 @@ enum Kind {
     Real(DType),
     F64,
     I64,
+    Code(Codes),
 }
 
 impl Kind {
@@ -57,6 +67,7 @@ impl Kind {
         match self {
             Self::Real(d) => d.size(),
             Self::F64 | Self::I64 => 8,
+            Self::Code(_) => 1,
         }
     }
 
@@ -65,6 +76,9 @@ impl Kind {
             Self::Real(d) => d.name(),
             Self::F64 => "float64",
             Self::I64 => "int64",
+            Self::Code(Codes::Int8) => "int8",
+            Self::Code(Codes::Int4) => "uint8",
+            Self::Code(Codes::Fp8) => "float8_e4m3fn",
         }
     }
 }
@@ -117,10 +131,16 @@ impl Array {
             Kind::I64
         } else if dtype.is(&t.float64) {
             Kind::F64
+        } else if dtype.is(&t.int8) {
+            Kind::Code(Codes::Int8)
+        } else if dtype.is(&t.uint8) {
+            Kind::Code(Codes::Int4)
+        } else if dtype.is(&t.fp8) {
+            Kind::Code(Codes::Fp8)
         } else {
             return Err(raise(Error::type_(
                 name,
-                "a dtype of float32, bfloat16 or float16 (positions: int64, inv_freq: float64)",
+                "a dtype of float32, bfloat16 or float16 (positions: int64, inv_freq: float64; codes: int8, uint8, float8_e4m3fn)",
                 dtype,
             )));
         };
@@ -261,6 +281,72 @@ pub fn rows_mut<'a>(name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorMut<'
 pub fn sums_mut<'a>(name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorMut<'a>> {
     write(name, o, 3)
 }
+
+/// Codes `[batch, kv_heads, tokens, bytes]`: what they are, and where.
+fn codes(name: &str, o: &Bound<'_, PyAny>) -> PyResult<(Codes, Array, [usize; 4], [usize; 4])> {
+    let a = Array::new(name, o)?;
+    let Kind::Code(codes) = a.kind else {
+        return Err(raise(Error::type_(name, "codes of int8, uint8 or float8_e4m3fn", a.kind.name())));
+    };
+    if a.shape.len() != 4 {
+        return Err(raise(Error::value(name, "[batch, kv_heads, tokens, width]", format!("shape {:?}", a.shape))));
+    }
+    let (mut shape, mut stride) = ([0; 4], [0; 4]);
+    shape.copy_from_slice(&a.shape);
+    stride.copy_from_slice(&a.stride);
+    Ok((codes, a, shape, stride))
+}
+
+/// The two tensors of compact keys or values, from `(codes, params)`.
+fn compact<'py>(name: &str, o: &Bound<'py, PyTuple>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+    if o.len() != 2 {
+        return Err(raise(Error::value(name, "(codes, params)", format!("a tuple of {}", o.len()))));
+    }
+    Ok((o.get_item(0)?, o.get_item(1)?))
+}
+
+/// Keys or values of a page, to read: a tensor, or `(codes, params)`.
+///
+/// The views live as long as the objects, which the caller keeps.
+pub fn side<'a>(name: &str, o: &'a Bound<'_, PyAny>, axis: Axis) -> PyResult<Side<'a>> {
+    let Ok(pair) = o.cast::<PyTuple>() else { return Ok(Side::Dense(rows(name, o)?)) };
+    let (c, p) = compact(name, pair)?;
+    let (codes, a, shape, stride) = codes(name, &c)?;
+    let of_params = format!("{name} params");
+    let params = Array::new(&of_params, &p)?;
+    let (dtype, p_shape, p_stride) = params.rank4(&of_params, 4, PARAMS).map_err(raise)?;
+    // SAFETY: the arrays were checked against their storages, which the tuple's tensors keep alive; a tuple can't change.
+    let made = unsafe {
+        BytesRef::from_raw(name, a.ptr, a.bytes, shape, stride).and_then(|rows| {
+            let params = TensorRef::from_raw(&of_params, params.ptr, params.bytes, dtype, p_shape, p_stride)?;
+            CompactRef::new(name, codes, axis, rows, params)
+        })
+    };
+    Ok(Side::Compact(made.map_err(raise)?))
+}
+
+/// Keys or values of a page, to write.
+pub fn side_mut<'a>(name: &str, o: &'a Bound<'_, PyAny>, axis: Axis) -> PyResult<SideMut<'a>> {
+    let Ok(pair) = o.cast::<PyTuple>() else { return Ok(SideMut::Dense(rows_mut(name, o)?)) };
+    let (c, p) = compact(name, pair)?;
+    let (codes, a, shape, stride) = codes(name, &c)?;
+    let of_params = format!("{name} params");
+    let params = Array::new(&of_params, &p)?;
+    let (dtype, p_shape, p_stride) = params.rank4(&of_params, 4, PARAMS).map_err(raise)?;
+    if !(a.writeable && params.writeable) {
+        return Err(raise(Error::value(name, "a writeable array", "a read-only one")));
+    }
+    // SAFETY: as in `side`; the caller hands over a page that nobody else uses meanwhile.
+    let made = unsafe {
+        BytesMut::from_raw(name, a.ptr, a.bytes, shape, stride).and_then(|rows| {
+            let params = TensorMut::from_raw(&of_params, params.ptr, params.bytes, dtype, p_shape, p_stride)?;
+            CompactMut::new(name, codes, axis, rows, params)
+        })
+    };
+    Ok(SideMut::Compact(made.map_err(raise)?))
+}
+
+const PARAMS: &str = "params of rank 4";
 
 /// The items of a list or tuple, or the object itself as the only one.
 pub fn items<'py>(o: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {

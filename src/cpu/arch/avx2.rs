@@ -6,10 +6,10 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, table};
+use super::{CodesKernel, Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, per_rows, table};
 use crate::cpu::rowwise::{FloatRows, Rows};
 use crate::cpu::vector::{Bf16, Dot, F16, Float, MAX_LANES, Raw, Vector};
-use crate::cpu::{kernels, merge, rope, rowwise};
+use crate::cpu::{codes, kernels, merge, rope, rowwise};
 use crate::dtype::DType;
 
 /// 8 float32.
@@ -140,6 +140,31 @@ unsafe impl Vector for V {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        Self(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))))
+    }
+    #[inline(always)]
+    unsafe fn load_low4(p: *const u8) -> Self {
+        let x = _mm256_and_si256(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())), _mm256_set1_epi32(15));
+        Self(_mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8))))
+    }
+    #[inline(always)]
+    unsafe fn load_high4(p: *const u8) -> Self {
+        let x = _mm256_srli_epi32::<4>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())));
+        Self(_mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8))))
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self {
+        let x = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
+        let magnitude = _mm256_slli_epi32::<20>(_mm256_and_si256(x, _mm256_set1_epi32(0x7f)));
+        let normal = _mm256_castsi256_ps(_mm256_add_epi32(magnitude, _mm256_set1_epi32(120 << 23)));
+        let small = _mm256_castsi256_ps(_mm256_add_epi32(magnitude, _mm256_set1_epi32(121 << 23)));
+        let small = _mm256_sub_ps(small, _mm256_set1_ps(0.015_625));
+        let is_small = _mm256_cmpeq_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0x78)), _mm256_setzero_si256());
+        let y = _mm256_blendv_ps(normal, small, _mm256_castsi256_ps(is_small));
+        Self(_mm256_or_ps(y, _mm256_and_ps(_mm256_castsi256_ps(x), _mm256_set1_ps(-0.0))))
+    }
+    #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
@@ -154,6 +179,7 @@ mod base {
         panel f32: Float<V>, load Raw, 6 x 2, tiles 2, pv 6 x 2;
         panel bf16: Float<V>, load Bf16, 6 x 2, tiles 2, pv 6 x 2;
         panel f16: Float<V>, load F16, 6 x 2, tiles 2, pv 6 x 2;
+        codes float_codes: Float<V>;
         rows f32_rows: FloatRows<V, Raw>, pv 8, 4, 2, 1;
         rows bf16_rows: FloatRows<V, Bf16>, pv 8, 4, 2, 1;
         rows f16_rows: FloatRows<V, F16>, pv 8, 4, 2, 1;

@@ -6,10 +6,11 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, table};
+use super::{CodesKernel, Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, per_rows, table};
+use crate::cpu::codes::{Codewise, Fp8, Int4, Int8};
 use crate::cpu::rowwise::{FloatRows, Rows};
 use crate::cpu::vector::{Bf16, Dot, F16, Float, Load, MAX_LANES, Raw, Vector};
-use crate::cpu::{kernels, merge, rope, rowwise};
+use crate::cpu::{codes, kernels, merge, rope, rowwise};
 use crate::dtype::DType;
 
 /// 16 float32.
@@ -163,9 +164,38 @@ unsafe impl Vector for V {
         _mm512_storeu_ps(out, c(x, y));
     }
     #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))))
+    }
+    #[inline(always)]
+    unsafe fn load_low4(p: *const u8) -> Self {
+        // VPERMPS looks at the low 4 bits of each lane only: spreading the bytes is all there is to do.
+        Self(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())), four_bits()))
+    }
+    #[inline(always)]
+    unsafe fn load_high4(p: *const u8) -> Self {
+        let x = _mm512_srli_epi32::<4>(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())));
+        Self(_mm512_permutexvar_ps(x, four_bits()))
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self {
+        let x = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
+        let magnitude = _mm512_slli_epi32::<20>(_mm512_and_si512(x, _mm512_set1_epi32(0x7f)));
+        let normal = _mm512_castsi512_ps(_mm512_add_epi32(magnitude, _mm512_set1_epi32(120 << 23)));
+        let small = _mm512_castsi512_ps(_mm512_add_epi32(magnitude, _mm512_set1_epi32(121 << 23)));
+        let is_small = _mm512_testn_epi32_mask(x, _mm512_set1_epi32(0x78));
+        let y = _mm512_mask_sub_ps(normal, is_small, small, _mm512_set1_ps(0.015_625));
+        Self(_mm512_or_ps(y, _mm512_and_ps(_mm512_castsi512_ps(x), _mm512_set1_ps(-0.0))))
+    }
+    #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
+}
+
+#[inline(always)]
+unsafe fn four_bits() -> __m512 {
+    _mm512_setr_ps(-8., -7., -6., -5., -4., -3., -2., -1., 0., 1., 2., 3., 4., 5., 6., 7.)
 }
 
 /// Pairs of bf16, accumulated in float32.
@@ -254,6 +284,101 @@ unsafe impl Rows for Pairs {
     }
 }
 
+/// Both halves of the table -8..=7 in bf16: VPERMW looks at 5 bits, of which the fifth belongs to another code.
+#[inline(always)]
+unsafe fn four_bits_bf16() -> __m512i {
+    const T: [u16; 16] = [
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+        0x40c0, 0x40e0,
+    ];
+    _mm512_broadcast_i64x4(_mm256_loadu_si256(T.as_ptr().cast()))
+}
+
+/// 32 words of sign-extended e4m3 to bf16.
+#[inline(always)]
+unsafe fn e4m3_bf16(x: __m512i) -> __m512bh {
+    // e4m3's exponent and mantissa fit bf16's fields after a shift; its 8 subnormals (0 to 7 eighths of 2^-6) don't.
+    const SMALL: [u16; 8] = [0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60];
+    let magnitude = _mm512_slli_epi16::<4>(_mm512_and_si512(x, _mm512_set1_epi16(0x7f)));
+    let normal = _mm512_add_epi16(magnitude, _mm512_set1_epi16(120 << 7));
+    let table = _mm512_broadcast_i32x4(_mm_loadu_si128(SMALL.as_ptr().cast()));
+    let is_small = _mm512_testn_epi16_mask(x, _mm512_set1_epi16(0x78));
+    let y = _mm512_mask_permutexvar_epi16(normal, is_small, x, table);
+    bh(_mm512_or_si512(y, _mm512_and_si512(x, _mm512_set1_epi16(-0x8000))))
+}
+
+unsafe impl Codewise<Int4> for Pairs {
+    const PART: usize = 4;
+    #[inline(always)]
+    unsafe fn load_k(p: *const u8, i: usize) -> __m512bh {
+        let x = _mm512_cvtepu8_epi16(_mm256_loadu_si256(p.cast()));
+        let x = if i == 0 { x } else { _mm512_srli_epi16::<4>(x) };
+        bh(_mm512_permutexvar_epi16(x, four_bits_bf16()))
+    }
+    #[inline(always)]
+    unsafe fn load_v(a: *const u8, b: *const u8, _part: usize) -> [__m512bh; 4] {
+        let (x, y) =
+            (_mm512_cvtepu8_epi16(_mm256_loadu_si256(a.cast())), _mm512_cvtepu8_epi16(_mm256_loadu_si256(b.cast())));
+        let (low, high) = (_mm512_unpacklo_epi16(x, y), _mm512_unpackhi_epi16(x, y));
+        let t = four_bits_bf16();
+        [
+            bh(_mm512_permutexvar_epi16(low, t)),
+            bh(_mm512_permutexvar_epi16(high, t)),
+            bh(_mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(low), t)),
+            bh(_mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(high), t)),
+        ]
+    }
+    fn order(i: usize, lane: usize) -> usize {
+        i / 2 * 32 + lane / 4 * 8 + i % 2 * 4 + lane % 4
+    }
+}
+
+unsafe impl Codewise<Int8> for Pairs {
+    const PART: usize = 4;
+    #[inline(always)]
+    unsafe fn load_k(p: *const u8, i: usize) -> __m512bh {
+        // Whole numbers up to 256 are bf16 exactly.
+        let (x, y) = (V::load_i8(p.add(32 * i)), V::load_i8(p.add(32 * i + 16)));
+        _mm512_cvtne2ps_pbh(y.0, x.0)
+    }
+    #[inline(always)]
+    unsafe fn load_v(a: *const u8, b: *const u8, _part: usize) -> [__m512bh; 4] {
+        let mut found = [bh(_mm512_setzero_si512()); 4];
+        for i in 0..4 {
+            let (x, y) = (V::load_i8(a.add(16 * i)), V::load_i8(b.add(16 * i)));
+            // The low half of a whole number's float32 is 0: shift and join, no rounding needed.
+            let x = _mm512_srli_epi32::<16>(_mm512_castps_si512(x.0));
+            found[i] = bh(_mm512_or_si512(x, _mm512_castps_si512(y.0)));
+        }
+        found
+    }
+    fn order(i: usize, lane: usize) -> usize {
+        i * 16 + lane
+    }
+}
+
+unsafe impl Codewise<Fp8> for Pairs {
+    const PART: usize = 4;
+    #[inline(always)]
+    unsafe fn load_k(p: *const u8, i: usize) -> __m512bh {
+        e4m3_bf16(_mm512_cvtepi8_epi16(_mm256_loadu_si256(p.add(32 * i).cast())))
+    }
+    #[inline(always)]
+    unsafe fn load_v(a: *const u8, b: *const u8, _part: usize) -> [__m512bh; 4] {
+        let mut found = [bh(_mm512_setzero_si512()); 4];
+        for i in 0..2 {
+            let x = _mm512_cvtepi8_epi16(_mm256_loadu_si256(a.add(32 * i).cast()));
+            let y = _mm512_cvtepi8_epi16(_mm256_loadu_si256(b.add(32 * i).cast()));
+            found[2 * i] = e4m3_bf16(_mm512_unpacklo_epi16(x, y));
+            found[2 * i + 1] = e4m3_bf16(_mm512_unpackhi_epi16(x, y));
+        }
+        found
+    }
+    fn order(i: usize, lane: usize) -> usize {
+        i / 2 * 32 + lane / 4 * 8 + i % 2 * 4 + lane % 4
+    }
+}
+
 mod base {
     use super::*;
     instantiate_common! { #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]; vector V; }
@@ -263,6 +388,7 @@ mod base {
         panel f32: Float<V>, load Raw, 12 x 2, tiles 1, pv 6 x 4;
         panel bf16: Float<V>, load Bf16, 12 x 2, tiles 1, pv 6 x 4;
         panel f16: Float<V>, load F16, 12 x 2, tiles 1, pv 6 x 4;
+        codes float_codes: Float<V>;
         rows f32_rows: FloatRows<V, Raw>, pv 8, 8, 4, 2;
         rows bf16_rows: FloatRows<V, Bf16>, pv 8, 8, 4, 2;
         rows f16_rows: FloatRows<V, F16>, pv 8, 8, 4, 2;
@@ -275,6 +401,7 @@ mod dot {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")];
         vector V;
         panel pairs: Pairs, load Raw, 6 x 4, tiles 1, pv 6 x 4;
+        codes pairs_codes: Pairs;
         rows pairs_rows: Pairs, pv 8, 8, 4, 2;
     }
 }

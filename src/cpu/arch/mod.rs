@@ -3,6 +3,7 @@
 //! [`instantiate!`] compiles the generic kernels under a `target_feature`; a new instruction set is a new file with a
 //! `Vector` and one call of it, and one line in `isa.rs`.
 
+use super::codes::{Dequantize, Quantize};
 use super::kernels::Panel;
 use super::rowwise::Block;
 use crate::dtype::DType;
@@ -62,6 +63,25 @@ pub struct RowsKernel {
     pub block: [unsafe fn(&Block); 4],
     /// Element of the chunk that lane `lane` of accumulator `i` holds.
     pub order: fn(usize, usize) -> usize,
+    /// The thirds of `block` apart, for blocks in which k or v is compact: see `rowwise`.
+    pub scores: [unsafe fn(&Block); 4],
+    /// Of dense v.
+    pub values: [unsafe fn(&Block); 4],
+    /// Of codes.
+    pub codes: CodesKernel,
+}
+
+/// The decode kernel over codes, of one instruction set and operand type. By [`Codes`], then by rows.
+#[derive(Clone, Copy)]
+pub struct CodesKernel {
+    /// See `compact::scores`.
+    pub scores: [[unsafe fn(&Block); 4]; 3],
+    /// See `rowwise::softmax`: for dense v, then for compact v.
+    pub softmax: [[unsafe fn(&Block); 4]; 2],
+    /// See `compact::values`.
+    pub values: [[unsafe fn(&Block); 4]; 3],
+    /// Which of 64 channels lane `lane` of accumulator `i` holds.
+    pub order: [fn(usize, usize) -> usize; 3],
 }
 
 /// Everything an instruction set offers.
@@ -77,20 +97,76 @@ pub struct Kernels {
     pub accumulate: unsafe fn(*mut f32, *const u8, DType, f32, usize),
     /// `(o, factor, n, dtype, dst)`: scales a float32 row and writes it in a dtype.
     pub finish: unsafe fn(*const f32, f32, usize, DType, *mut u8),
+    /// Codes to dense rows.
+    pub dequantize: unsafe fn(&Dequantize),
+    /// Dense rows to codes.
+    pub quantize: unsafe fn(&Quantize),
     /// Runs the given number of rounds of 24 independent multiply-adds in registers; returns the FLOP done.
     pub peak: fn(DType) -> unsafe fn(usize) -> u64,
 }
 
+/// One entry point for each number of rows R (1, 2, 4, 8), with KT = 16 / R and RP = R but at most 4, as `NAME::ALL`.
+macro_rules! per_rows {
+    (#[$feat:meta] $name:ident: $r:ident, $kt:ident, $rp:ident => $call:expr) => {
+        mod $name {
+            use super::*;
+            per_rows!(@one #[$feat] rows1 $r 1 $kt 16 $rp 1 $call);
+            per_rows!(@one #[$feat] rows2 $r 2 $kt 8 $rp 2 $call);
+            per_rows!(@one #[$feat] rows4 $r 4 $kt 4 $rp 4 $call);
+            per_rows!(@one #[$feat] rows8 $r 8 $kt 2 $rp 4 $call);
+            pub(super) const ALL: [unsafe fn(&rowwise::Block); 4] = [rows1, rows2, rows4, rows8];
+        }
+    };
+    (@one #[$feat:meta] $name:ident $r:ident $rv:literal $kt:ident $ktv:literal $rp:ident $rpv:literal $call:expr) => {
+        #[$feat]
+        unsafe fn $name(a: &rowwise::Block) {
+            #[allow(dead_code)] // not every kernel asks for all three
+            const $r: usize = $rv;
+            #[allow(dead_code)]
+            const $kt: usize = $ktv;
+            #[allow(dead_code)]
+            const $rp: usize = $rpv;
+            // SAFETY: forwarded.
+            unsafe { $call(a) }
+        }
+    };
+}
+use per_rows;
+
 /// Entry points of the kernels under a set of target features.
 ///
-/// `panel NAME: Dot, R, C, T, PR, PC` and `rows NAME: Rows, PC for each of 1, 2, 4, 8 rows`.
+/// `panel NAME: Dot, R, C, T, PR, PC`, `codes NAME: Dot` and `rows NAME: Rows, PC for each of 1, 2, 4, 8 rows; NAME of codes`.
 macro_rules! instantiate {
     (
         #[$feat:meta];
         vector $v:ty;
         $(panel $pname:ident: $dot:ty, load $load:ty, $r:literal x $c:literal, tiles $t:literal, pv $pr:literal x $pc:literal;)*
+        codes $cname:ident: $cdot:ty;
         $(rows $rname:ident: $rows:ty, pv $pc1:literal, $pc2:literal, $pc4:literal, $pc8:literal;)*
     ) => {
+        pub(super) mod $cname {
+            use super::*;
+            use crate::cpu::codes::{Codewise, Fp8, Int4, Int8};
+            use crate::cpu::compact;
+            per_rows!(#[$feat] softmax_units: R, KT, RP => rowwise::softmax::<$cdot, R, true>);
+            per_rows!(#[$feat] softmax_numbers: R, KT, RP => rowwise::softmax::<$cdot, R, false>);
+            per_rows!(#[$feat] scores_int8: R, KT, RP => compact::scores::<$cdot, Int8, R, KT>);
+            per_rows!(#[$feat] scores_int4: R, KT, RP => compact::scores::<$cdot, Int4, R, KT>);
+            per_rows!(#[$feat] scores_fp8: R, KT, RP => compact::scores::<$cdot, Fp8, R, KT>);
+            per_rows!(#[$feat] values_int8: R, KT, RP => compact::values::<$cdot, Int8, R, RP>);
+            per_rows!(#[$feat] values_int4: R, KT, RP => compact::values::<$cdot, Int4, R, RP>);
+            per_rows!(#[$feat] values_fp8: R, KT, RP => compact::values::<$cdot, Fp8, R, RP>);
+            pub(in super::super) const KERNEL: CodesKernel = CodesKernel {
+                scores: [scores_int8::ALL, scores_int4::ALL, scores_fp8::ALL],
+                softmax: [softmax_units::ALL, softmax_numbers::ALL],
+                values: [values_int8::ALL, values_int4::ALL, values_fp8::ALL],
+                order: [
+                    <$cdot as Codewise<Int8>>::order,
+                    <$cdot as Codewise<Int4>>::order,
+                    <$cdot as Codewise<Fp8>>::order,
+                ],
+            };
+        }
         $(
             pub(super) mod $pname {
                 use super::*;
@@ -144,11 +220,31 @@ macro_rules! instantiate {
                 unsafe fn rows8(a: &rowwise::Block) {
                     unsafe { rowwise::block::<$rows, 8, 2, $pc8>(a) }
                 }
+                per_rows!(#[$feat] scores: R, KT, RP => rowwise::scores::<$rows, R, KT>);
+                #[$feat]
+                unsafe fn values1(a: &rowwise::Block) {
+                    unsafe { rowwise::values::<$rows, 1, $pc1>(a) }
+                }
+                #[$feat]
+                unsafe fn values2(a: &rowwise::Block) {
+                    unsafe { rowwise::values::<$rows, 2, $pc2>(a) }
+                }
+                #[$feat]
+                unsafe fn values4(a: &rowwise::Block) {
+                    unsafe { rowwise::values::<$rows, 4, $pc4>(a) }
+                }
+                #[$feat]
+                unsafe fn values8(a: &rowwise::Block) {
+                    unsafe { rowwise::values::<$rows, 8, $pc8>(a) }
+                }
                 pub(in super::super) const KERNEL: RowsKernel = RowsKernel {
                     lanes: <$v as Vector>::LANES,
                     pair: <$rows as Dot>::PAIR,
                     block: [rows1, rows2, rows4, rows8],
                     order: <$rows as Rows>::order,
+                    scores: scores::ALL,
+                    values: [values1, values2, values4, values8],
+                    codes: super::$cname::KERNEL,
                 };
             }
         )*
@@ -173,6 +269,14 @@ macro_rules! instantiate_common {
         pub(super) unsafe fn accumulate(acc: *mut f32, x: *const u8, dtype: DType, w: f32, n: usize) {
             unsafe { merge::accumulate::<$v>(acc, x, dtype, w, n) }
         }
+        #[$feat]
+        pub(super) unsafe fn dequantize(a: &codes::Dequantize) {
+            unsafe { codes::dequantize::<$v>(a) }
+        }
+        #[$feat]
+        pub(super) unsafe fn quantize(a: &codes::Quantize) {
+            unsafe { codes::quantize::<$v>(a) }
+        }
     };
 }
 use instantiate_common;
@@ -194,6 +298,8 @@ macro_rules! table {
             rotate: base::rotate,
             accumulate: base::accumulate,
             finish: base::finish,
+            dequantize: base::dequantize,
+            quantize: base::quantize,
             peak: $peak,
         }
     };

@@ -6,10 +6,10 @@
 
 use std::arch::aarch64::*;
 
-use super::{Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, table};
+use super::{CodesKernel, Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, per_rows, table};
 use crate::cpu::rowwise::{FloatRows, Rows};
 use crate::cpu::vector::{Bf16, Dot, F16, Float, MAX_LANES, Raw, Vector};
-use crate::cpu::{kernels, merge, rope, rowwise};
+use crate::cpu::{codes, kernels, merge, rope, rowwise};
 use crate::dtype::DType;
 
 /// 4 float32.
@@ -119,6 +119,35 @@ unsafe impl Vector for V {
         m[3].0 = vcombine_f32(vget_high_f32(a.1), vget_high_f32(b.1));
     }
     #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        let x = vreinterpret_s8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+        Self(vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(x)))))
+    }
+    #[inline(always)]
+    unsafe fn load_low4(p: *const u8) -> Self {
+        let x = vand_u8(vreinterpret_u8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned())), vdup_n_u8(15));
+        let x = vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(x))));
+        Self(vcvtq_f32_s32(vsubq_s32(x, vdupq_n_s32(8))))
+    }
+    #[inline(always)]
+    unsafe fn load_high4(p: *const u8) -> Self {
+        let x = vshr_n_u8::<4>(vreinterpret_u8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned())));
+        let x = vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(x))));
+        Self(vcvtq_f32_s32(vsubq_s32(x, vdupq_n_s32(8))))
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self {
+        let x = vreinterpret_s8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+        let x = vreinterpretq_u32_s32(vmovl_s16(vget_low_s16(vmovl_s8(x))));
+        let magnitude = vshlq_n_u32::<20>(vandq_u32(x, vdupq_n_u32(0x7f)));
+        let normal = vreinterpretq_f32_u32(vaddq_u32(magnitude, vdupq_n_u32(120 << 23)));
+        let small = vreinterpretq_f32_u32(vaddq_u32(magnitude, vdupq_n_u32(121 << 23)));
+        let small = vsubq_f32(small, vdupq_n_f32(0.015_625));
+        let is_small = vceqzq_u32(vandq_u32(x, vdupq_n_u32(0x78)));
+        let y = vreinterpretq_u32_f32(vbslq_f32(is_small, small, normal));
+        Self(vreinterpretq_f32_u32(vorrq_u32(y, vandq_u32(x, vdupq_n_u32(0x8000_0000)))))
+    }
+    #[inline(always)]
     unsafe fn sum16(v: &[Self; 16], out: *mut f32) {
         for h in 0..4 {
             let a = vpaddq_f32(v[4 * h].0, v[4 * h + 1].0);
@@ -137,6 +166,7 @@ mod base {
         panel f32: Float<V>, load Raw, 6 x 4, tiles 2, pv 6 x 4;
         panel bf16: Float<V>, load Bf16, 6 x 4, tiles 2, pv 6 x 4;
         panel f16: Float<V>, load F16, 6 x 4, tiles 2, pv 6 x 4;
+        codes float_codes: Float<V>;
         rows f32_rows: FloatRows<V, Raw>, pv 8, 8, 4, 2;
         rows bf16_rows: FloatRows<V, Bf16>, pv 8, 8, 4, 2;
         rows f16_rows: FloatRows<V, F16>, pv 8, 8, 4, 2;

@@ -1,0 +1,142 @@
+//! `kv_append` and `kv_read` on the CPU: rows into pages, made compact on the way, and out of them.
+
+use super::codes::{Dequantize, Quantize};
+use super::{Context, isa, pool};
+use crate::args::{Rows, Side};
+use crate::error::{Error, Result};
+use crate::quant::{self, Axis, CompactMut, GROUP};
+use crate::tensor::{TensorMut, TensorRef};
+
+/// Keys or values of a page, to write.
+#[derive(Debug, Clone, Copy)]
+pub enum SideMut<'a> {
+    /// `[batch, kv_heads, tokens, head_dim]`.
+    Dense(TensorMut<'a>),
+    /// Codes and scales.
+    Compact(CompactMut<'a>),
+}
+
+impl SideMut<'_> {
+    fn shape(&self) -> [usize; 4] {
+        match self {
+            Self::Dense(t) => t.shape(),
+            Self::Compact(c) => c.shape(),
+        }
+    }
+}
+
+/// Writes rows `[batch, kv_heads, n, head_dim]` at token `at` of a page.
+///
+/// Compact keys share scales over 64 tokens: `at` is a multiple of 64 there, and a last group that is not whole can't be
+/// added to later.
+///
+/// # Errors
+/// When shapes or dtypes don't fit, or `at` is no group's first token.
+pub fn kv_append(name: &str, rows: TensorRef, page: SideMut, at: usize, cx: &Context) -> Result<()> {
+    let [batch, heads, n, head_dim] = rows.shape();
+    let shape = page.shape();
+    let wide = match page {
+        SideMut::Dense(t) => {
+            if t.dtype() != rows.dtype() {
+                return Err(Error::type_(name, format!("the page's dtype, {}", t.dtype().name()), rows.dtype().name()));
+            }
+            head_dim
+        }
+        SideMut::Compact(c) => {
+            if c.axis == Axis::Channel && !at.is_multiple_of(GROUP) {
+                return Err(Error::value("at", "a multiple of 64 for compact keys", at));
+            }
+            quant::width(head_dim)
+        }
+    };
+    if [batch, heads, wide] != [shape[0], shape[1], shape[3]] || head_dim == 0 {
+        let want = format!("rows that fit the page {shape:?}");
+        return Err(Error::value(name, want, format!("{:?}", rows.shape())));
+    }
+    if at.checked_add(n).is_none_or(|end| end > shape[2]) {
+        return Err(Error::value("at", format!("room for {n} tokens on a page of {}", shape[2]), at));
+    }
+    let kernels = isa::active()?.kernels;
+    let shares = n.div_ceil(GROUP);
+    pool::run(cx, batch * heads * shares, 4, |task| {
+        let (head, share) = (task / shares, task % shares);
+        let (b, h, i) = (head / heads, head % heads, share * GROUP);
+        let count = GROUP.min(n - i);
+        // SAFETY: `active` chose kernels this CPU has; tokens i..i + count are inside both views, and this task's alone.
+        unsafe {
+            match page {
+                SideMut::Dense(t) => {
+                    for j in i..i + count {
+                        let bytes = head_dim * rows.dtype().size();
+                        std::ptr::copy_nonoverlapping(rows.row(b, h, j), t.row(b, h, at + j), bytes);
+                    }
+                }
+                SideMut::Compact(c) => (kernels.quantize)(&Quantize {
+                    src: rows.row(b, h, i),
+                    src_stride: rows.row_bytes(),
+                    dtype: rows.dtype(),
+                    n: count,
+                    head_dim,
+                    width: wide,
+                    codes: c.codes,
+                    axis: c.axis,
+                    dst: c.rows.row(b, h, at + i),
+                    dst_stride: c.rows.row_bytes(),
+                    params: match c.axis {
+                        Axis::Channel => c.params.row(b, h, (at + i) / GROUP).cast(),
+                        Axis::Token => c.params.row(b, h, 0).cast::<u16>().wrapping_add(at + i),
+                    },
+                    params_stride: c.params.row_bytes(),
+                }),
+            }
+        }
+    })
+}
+
+/// Tokens `start ..` of a page as dense rows, as many as `out` `[batch, kv_heads, n, head_dim]` has.
+///
+/// # Errors
+/// When shapes or dtypes don't fit.
+pub fn kv_read(name: &str, page: Side, start: usize, out: TensorMut, cx: &Context) -> Result<()> {
+    let [batch, heads, n, head_dim] = out.shape();
+    let shape = page.shape();
+    let wide = if page.dtype().is_some() { head_dim } else { quant::width(head_dim) };
+    if let Some(dtype) = page.dtype().filter(|d| *d != out.dtype()) {
+        return Err(Error::type_(name, format!("the page's dtype, {}", dtype.name()), out.dtype().name()));
+    }
+    if [batch, heads, wide] != [shape[0], shape[1], shape[3]] || head_dim == 0 {
+        let want = format!("an output that fits the page {shape:?}");
+        return Err(Error::value(name, want, format!("{:?}", out.shape())));
+    }
+    if start.checked_add(n).is_none_or(|end| end > shape[2]) {
+        let got = format!("{n} from {start} on");
+        return Err(Error::value(name, format!("tokens on a page of {}", shape[2]), got));
+    }
+    let kernels = isa::active()?.kernels;
+    let axis = if let Side::Compact(c) = page { c.axis } else { Axis::Token };
+    let shares = n.div_ceil(GROUP);
+    pool::run(cx, batch * heads * shares, 4, |task| {
+        let (head, share) = (task / shares, task % shares);
+        let (b, h) = (head / heads, head % heads);
+        let (mut i, end) = (share * GROUP, ((share + 1) * GROUP).min(n));
+        while i < end {
+            // Of compact keys one group of tokens at a time.
+            let count = (end - i).min(GROUP - (start + i) % GROUP);
+            let rows: Rows = page.rows(b, h, start + i);
+            // SAFETY: as in kv_append.
+            unsafe {
+                (kernels.dequantize)(&Dequantize {
+                    rows,
+                    axis,
+                    n: count,
+                    width: wide,
+                    head_dim,
+                    dtype: out.dtype(),
+                    dst: out.row(b, h, i),
+                    dst_stride: out.row_bytes(),
+                });
+            }
+            i += count;
+        }
+    })
+}
