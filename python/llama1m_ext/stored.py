@@ -7,8 +7,7 @@ import mmap
 import os
 import sys
 import weakref
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,14 +41,9 @@ class Span(NamedTuple):
     shape: tuple[int, ...]
 
 
-_core_checksum: Callable[[Tensor], int] | None = getattr(_core, "checksum", None)
-
-
 def checksum(tensor: Tensor) -> int:
-    """A number that changes with any byte of a contiguous CPU tensor."""
-    if _core_checksum is not None:
-        return _core_checksum(tensor)
-    return zlib.crc32(as_bytes(tensor).numpy().data)
+    """64 bits that change with any byte of a contiguous CPU tensor (xxh3)."""
+    return _core.checksum(tensor)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -84,6 +78,7 @@ class PageSource:
     def __init__(self, fd: int, name: str, *, mapped: bool = False, watch: bool = True) -> None:
         self.fd, self.name, self.mapped, self.watch = fd, name, mapped, watch
         self._close = weakref.finalize(self, os.close, fd)
+        self.stream: Any = None  # buffers that its pages are streamed through, where no `Store` has any
         self._map: Tensor | None = None
         self._raw: mmap.mmap | None = None
 

@@ -1,0 +1,374 @@
+"""Where pages live that don't fit into memory, and attention over them.
+
+History that lives in a file is streamed in: while one page is computed over, a thread loads the next; each gives
+a partial, and partials are merged in float32. On the CPU memory is the nearest place there is, so "host" means what
+None means there.
+
+A page's place is chosen once. DESIGN spoke of an LRU: but each decoded token reads all pages in turn, and of what is read
+in turn an LRU throws out just what comes next, so that it never hits. A fixed share that stays in memory, the same
+for each layer, hits as often as can be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .formats import GROUP, Page
+from .pagefile import PageFile, Worker, default_folder, free_bytes
+from .stored import CacheDamaged, PageSource, Span, StoredPage
+
+__all__ = [
+    "CacheDamaged",
+    "PageFile",
+    "PageSource",
+    "Span",
+    "Store",
+    "StoredPage",
+    "Traffic",
+    "attention",
+    "default_folder",
+    "free_bytes",
+]
+
+PAGE_BYTES = 16 << 20
+"""A stored page, at most: large enough that a disk reads at its full speed, small enough that buffers are."""
+BUFFERS = 2
+_WAITING = 4 << 20
+"""Bytes of partials that may wait for their merge."""
+
+
+@dataclass
+class Traffic:
+    """What was streamed so far. Seconds of the loading thread and of the computing one run side by side.
+
+    Attributes:
+        pages, nbytes: loaded.
+        load_seconds: spent loading, in the background.
+        wait_seconds: that computing stood still for a page to come.
+        compute_seconds: spent on partials.
+    """
+
+    pages: int = 0
+    nbytes: int = 0
+    load_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+
+class Stream:
+    """Two buffers, and a thread that fills one while the other is computed over."""
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+        self._buffers: list[Tensor] = []
+        self._worker = Worker("llama1m-read")
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(b.numel() for b in self._buffers)
+
+    @contextlib.contextmanager
+    def load(self, wanted: Sequence[StoredPage]) -> Iterator[Iterator[Page]]:
+        """Begins to load pages, and gives them in their order. A page is good until the next one is asked for."""
+        with self._lock:
+            size = max((page.nbytes for page in wanted), default=0)
+            if not self._buffers or self._buffers[0].numel() < size:
+                self._buffers = []  # let go of the old ones first
+                with torch.inference_mode(False):
+                    self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(BUFFERS)]
+            coming: deque[Future[Page]] = deque()
+            for page, buffer in zip(wanted, self._buffers, strict=False):
+                coming.append(self._worker.submit(self._load, page, buffer))
+            try:
+                yield self._pages(wanted, coming)
+            finally:
+                if coming:  # given up on the way: a buffer may be written to still
+                    self._buffers = []
+                    for future in coming:
+                        future.cancel()
+
+    def _pages(self, wanted: Sequence[StoredPage], coming: deque[Future[Page]]) -> Iterator[Page]:
+        for i in range(len(wanted)):
+            begin = time.perf_counter()
+            page = coming[0].result()
+            coming.popleft()
+            self.traffic.wait_seconds += time.perf_counter() - begin
+            yield page
+            if i + BUFFERS < len(wanted):
+                buffer = self._buffers[i % BUFFERS]
+                coming.append(self._worker.submit(self._load, wanted[i + BUFFERS], buffer))
+
+    def _load(self, page: StoredPage, buffer: Tensor) -> Page:
+        begin = time.perf_counter()
+        loaded = page.load(buffer)
+        self.traffic.pages += 1
+        self.traffic.nbytes += page.nbytes
+        self.traffic.load_seconds += time.perf_counter() - begin
+        return loaded
+
+
+class Store:
+    """Where the full pages of one cache live: a share of each layer in memory, the rest in a temporary file.
+
+    Args:
+        budget: bytes of memory that all pages of the cache may take, with the buffers that the others are streamed through.
+        folder: of the file, which is made when the first page goes there; None: where temporary files go.
+        layers: of the cache.
+
+    Attributes:
+        page_bytes: of a page, at most.
+        share: bytes of pages in memory, of each layer; those that are still written to count too.
+    """
+
+    def __init__(self, budget: int, folder: str | None = None, layers: int = 1) -> None:
+        self.budget, self.folder, self.layers = budget, folder, layers
+        # Half of the budget at most for what is no choice: each layer's last page, the buffers, what waits to be written.
+        self.page_bytes = max(1, min(PAGE_BYTES, budget // (2 * (layers + 2 * BUFFERS))))
+        self.share = (budget - 2 * BUFFERS * self.page_bytes) // layers
+        self.file = PageFile(folder, BUFFERS * self.page_bytes)
+        self.stream = Stream()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was streamed so far."""
+        return self.stream.traffic
+
+    def page_tokens(self, token_bytes: float) -> int:
+        """Tokens of a page of at most `page_bytes`, a multiple of 64 (at least 64).
+
+        Args:
+            token_bytes: of one token's K and V, in one layer, all batch rows.
+        """
+        return max(GROUP, int(self.page_bytes / token_bytes) // GROUP * GROUP)
+
+    def put(self, page: Page, among: Sequence[Page | StoredPage]) -> Page | StoredPage:
+        """A place for a page that is full.
+
+        Args:
+            page: owned by the store from now on: nobody may write to it, or to memory that it is a view of.
+            among: the layer's pages; those in memory count against its share, this one if it is among them, too.
+
+        Returns:
+            The page itself, or one in the file, to be put in its place.
+
+        Raises:
+            OSError: the disk is full, or the folder is not there; `page` is as it was.
+        """
+        taken = sum(p.nbytes for p in among if type(p) is Page and p is not page)
+        return page if taken + page.nbytes <= self.share else self.file.put(page)
+
+    def flush(self) -> None:
+        """Waits until all pages are where they belong.
+
+        Raises:
+            OSError: some page could not be written.
+        """
+        self.file.flush()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.budget, self.folder, self.layers)  # a copy of a cache has a file of its own
+
+
+def attention(
+    q: Tensor,
+    layer: Any,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    q_start: int | None = None,
+    kv_start: Tensor | int | None = None,
+    kv_end: Tensor | int | None = None,
+    kv_len: int | None = None,
+    return_lse: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ops.attention` over the pages of a cache's layer, wherever they live.
+
+    Args:
+        q: `[batch, q_heads, q_len, head_dim]`.
+        layer: with `pages`, a list of `Page` and `StoredPage`, `length` tokens in use, and `store`, a `Store` or None.
+        others: as in `ops.attention`; `kv_len` defaults to the layer's length.
+
+    Returns:
+        As `ops.attention`.
+
+    Raises:
+        CacheDamaged: a page's file is not what was written.
+        OSError: reading failed.
+        TypeError, ValueError: as `ops.attention`.
+    """
+    pages = layer.pages
+    kv_len = layer.length if kv_len is None else kv_len
+    more: dict[str, Any] = {} if out_dtype is None else {"out_dtype": out_dtype}
+    if not any(type(page) is StoredPage for page in pages):
+        return ops.attention(
+            q,
+            [page.k for page in pages],
+            [page.v for page in pages],
+            causal=causal,
+            softmax_scale=softmax_scale,
+            q_start=q_start,
+            kv_start=kv_start,
+            kv_end=kv_end,
+            kv_len=kv_len,
+            return_lse=return_lse,
+            **more,
+        )
+    q_start = kv_len - q.shape[2] if q_start is None else q_start
+    view = _View(q.shape[2], causal, q_start, kv_start, kv_end, kv_len)
+    total = _Sum(q)
+
+    def add(part: Sequence[Page], at: int | None, tokens: int) -> None:
+        """The partial of some pages; `at`: the position of the first token, None where every query sees them all."""
+        out, lse = ops.attention(
+            q,
+            [page.k for page in part],
+            [page.v for page in part],
+            causal=causal and at is not None,
+            softmax_scale=softmax_scale,
+            q_start=0 if at is None else q_start - at,
+            kv_start=None if at is None else _shifted(kv_start, at, tokens),
+            kv_end=None if at is None else _shifted(kv_end, at, tokens),
+            kv_len=tokens,
+            return_lse=True,
+            out_dtype=torch.float32,
+        )
+        total.add(out, lse)
+
+    near, far = view.split(pages)
+    stream = _stream(layer, far)
+    with stream.load([page for page, _, _ in far]) as coming:
+        begin = time.perf_counter()
+        for part, at, tokens in near:
+            add(part, at, tokens)
+        stream.traffic.compute_seconds += time.perf_counter() - begin
+        for (_, at, tokens), page in zip(far, coming, strict=True):
+            begin = time.perf_counter()
+            add([page], at, tokens)
+            stream.traffic.compute_seconds += time.perf_counter() - begin
+    out, lse = total.result()
+    out = out.to(out_dtype or q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _stream(layer: Any, far: Sequence[tuple[StoredPage, int | None, int]]) -> Stream:
+    """The buffers to stream through: of the layer's store, or of the file that its first page lies in."""
+    store = getattr(layer, "store", None)
+    if store is not None:
+        return store.stream
+    if not far:
+        return Stream()
+    source = far[0][0].source
+    if source.stream is None:
+        source.stream = Stream()
+    return source.stream
+
+
+class _View:
+    """Which pages a call's queries see."""
+
+    def __init__(
+        self,
+        q_len: int,
+        causal: bool,
+        q_start: int,
+        kv_start: Tensor | int | None,
+        kv_end: Tensor | int | None,
+        kv_len: int,
+    ) -> None:
+        first, all_from = (0, 0) if kv_start is None else _bounds(kv_start)
+        all_to, last = (kv_len, kv_len) if kv_end is None else _bounds(kv_end)
+        if causal:
+            last, all_to = min(last, q_start + q_len), min(all_to, q_start + 1)
+        self.kv_len = kv_len
+        self.seen = max(first, 0), min(last, kv_len)  # by any query of any row
+        self.by_all = all_from, all_to
+
+    def split(
+        self, pages: Sequence[Page | StoredPage]
+    ) -> tuple[list[tuple[list[Page], int | None, int]], list[tuple[StoredPage, int | None, int]]]:
+        """What is seen: (runs of pages in memory, pages to be loaded), each with its position and its tokens.
+
+        The position is None where every query sees every key: then order is nothing, and they all make one run.
+        """
+        runs: list[tuple[list[Page], int | None, int]] = []
+        anywhere: list[Page] = []
+        anywhere_tokens = 0
+        far: list[tuple[StoredPage, int | None, int]] = []
+        a = next_at = 0
+        for page in pages:
+            at, a = a, a + page.size
+            b = min(a, self.kv_len)
+            if at >= self.seen[1]:
+                break
+            if b <= self.seen[0]:
+                continue
+            by_all = self.by_all[0] <= at and b <= self.by_all[1]
+            if type(page) is StoredPage and not page.at_hand:
+                far.append((page, None if by_all else at, b - at))
+                continue
+            here = page.load() if isinstance(page, StoredPage) else page
+            if by_all:
+                anywhere.append(here)  # the one that is not full, if any, is the last
+                anywhere_tokens += b - at
+            elif runs and next_at == at:
+                run, start, tokens = runs[-1]
+                runs[-1] = [*run, here], start, tokens + b - at
+                next_at = b
+            else:
+                runs.append(([here], at, b - at))
+                next_at = b
+        if anywhere:
+            runs.append((anywhere, None, anywhere_tokens))
+        return runs, far
+
+
+def _bounds(x: Tensor | int) -> tuple[int, int]:
+    return (int(x.min()), int(x.max())) if isinstance(x, Tensor) else (x, x)
+
+
+def _shifted(x: Tensor | int | None, at: int, tokens: int) -> Tensor | int | None:
+    if x is None:
+        return None
+    return (x - at).clamp(0, tokens) if isinstance(x, Tensor) else min(max(x - at, 0), tokens)
+
+
+class _Sum:
+    """Partials, merged as they come, so that few are alive."""
+
+    def __init__(self, q: Tensor) -> None:
+        self.q = q
+        self.outs: list[Tensor] = []
+        self.lses: list[Tensor] = []
+
+    def add(self, out: Tensor, lse: Tensor) -> None:
+        self.outs.append(out)
+        self.lses.append(lse)
+        if len(self.outs) > 1 and len(self.outs) * out.numel() * out.element_size() > _WAITING:
+            self._merge()
+
+    def _merge(self) -> None:
+        out, lse = ops.merge_partials(self.outs, self.lses)
+        self.outs, self.lses = [out], [lse]
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        if not self.outs:  # every key is hidden
+            batch, heads, length, _ = self.q.shape
+            out = torch.zeros_like(self.q.transpose(1, 2), dtype=torch.float32).transpose(1, 2)
+            return out, torch.full((batch, heads, length), -torch.inf)
+        if len(self.outs) > 1:
+            self._merge()
+        return self.outs[0], self.lses[0]
