@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from .formats import KvFormat
 from .pages import PagedLayer, PageSize
 
 __all__ = ["LongCache", "PagedLayer", "paged_layers"]
@@ -27,8 +28,11 @@ class LongCache(DynamicCache):
         ddp_cache_data: pairs of keys and values, one for each layer, to begin with.
         config: the model's config; without it layers are made as they are needed.
         page_size: tokens of a page, or "auto".
+        kv: the format of the keys and values, as the option of that name; None: what the option of the model says that
+            first writes to it.
 
     Raises:
+        TypeError, ValueError: a format that does not exist.
         ValueError: the config has layers that are not full attention.
     """
 
@@ -38,20 +42,39 @@ class LongCache(DynamicCache):
         config: Any = None,
         *,
         page_size: PageSize = "auto",
+        kv: str | KvFormat | None = None,
     ) -> None:
         super().__init__(config=config)
         self.page_size = page_size
+        self.kv = kv.name if isinstance(kv, KvFormat) else kv
+        fixed = None if self.kv is None or self.kv == "auto" else KvFormat.parse(self.kv)
+        self._fixed = fixed
         for i, layer in enumerate(self.layers):
             if type(layer) is not DynamicLayer:
                 raise ValueError(f"config: expected full attention in every layer, got {layer!r} in layer {i}")
-            self.layers[i] = PagedLayer(page_size)
+            self.layers[i] = PagedLayer(page_size, fixed)
         for i, (keys, values, *_) in enumerate(ddp_cache_data or ()):
             self._fill(i + 1)
             self.layers[i].update(keys, values)
 
     def _fill(self, n: int) -> None:
         while len(self.layers) < n:
-            self.layers.append(PagedLayer(self.page_size))
+            self.layers.append(PagedLayer(self.page_size, self._fixed))
+
+    @property
+    def format(self) -> KvFormat | None:
+        """The format that keys and values are kept in; None as long as no model has decided it."""
+        found = next((layer.format for layer in self.layers if layer.decided), None)
+        return self._fixed or found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the pages take, room for more tokens included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def __repr__(self) -> str:
+        name = "undecided format" if self.format is None else self.format.name
+        return f"LongCache({self.get_seq_length()} tokens, {len(self.layers)} layers, {name}, {self.nbytes} bytes)"
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self._fill(layer_idx + 1)

@@ -12,6 +12,8 @@ from transformers.models.llama import modeling_llama
 
 from . import _compat
 from .cache import PagedLayer, paged_layers
+from .dense import Scratch
+from .formats import MODEL, KvFormat
 from .intervals import ALL, Intervals, from_mask
 from .memory import available_bytes
 from .options import read as read_options
@@ -53,6 +55,7 @@ class Call:
         intervals: visible keys of each batch row.
         position_ids: int64 `[batch, q_len]` or `[1, q_len]`.
         rope: the rotation; set when the embeddings are known.
+        scratch: memory for the new keys and values of one layer, as long as it is computed.
         served: attention calls that our kernel computed.
     """
 
@@ -68,7 +71,9 @@ class Call:
         "position_ids",
         "q_len",
         "rope",
+        "scratch",
         "served",
+        "snapshots",
     )
 
     def __init__(self, model: Any, batch: int, q_len: int) -> None:
@@ -77,6 +82,8 @@ class Call:
         self.layers: list[Any] = []
         self.cache: Any = None
         self.pages: list[PagedLayer] | None = None
+        self.snapshots: list[dict[str, Any]] = []
+        self.scratch = Scratch()
         self.intervals: Intervals = ALL
         self.options = read_options(model)
         self.position_ids: Tensor = None  # type: ignore[assignment]  # open_call sets it
@@ -94,6 +101,7 @@ class Call:
             raise NotServed(f"dtype {embeds.dtype}")
         if type(embeds) is not Tensor:
             raise NotServed(f"a tensor of type {type(embeds).__name__}")
+        decide_format(self)
         self.rope = Rope(self.model.rotary_emb, embeds, self.position_ids, self.layers[0].self_attn.head_dim)
 
     def matrix(self, device: torch.device) -> Tensor | None:
@@ -102,8 +110,21 @@ class Call:
 
     def rewind(self) -> None:
         """The call failed: the cache is what it was before."""
-        for page in self.pages or ():
-            page.truncate(self.past_len)
+        for page, snapshot in zip(self.pages or (), self.snapshots, strict=True):
+            page.restore(snapshot)
+
+
+def decide_format(call: Call) -> None:
+    """Sets the format of layers that have none yet: that of the cache's other layers, or of the cache, or the option's."""
+    undecided = [page for page in call.pages or () if not page.decided]
+    if not undecided:
+        return
+    found = next((page.format for page in call.pages or () if page.decided), None)
+    if found is None:
+        kv = getattr(call.cache, "kv", None) or call.options.kv
+        found = MODEL if kv == "auto" else KvFormat.parse(kv)
+    for page in undecided:
+        page.decide(found)
 
 
 def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
@@ -147,6 +168,7 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
         if isinstance(pages, str):
             return pages
         call.cache, call.pages, call.past_len = cache, pages, pages[0].length
+        call.snapshots = [page.snapshot() for page in pages]
     return _positions(call, given) or _mask(call, given.get("attention_mask")) or call
 
 

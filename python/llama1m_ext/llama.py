@@ -32,8 +32,11 @@ def attention_forward(original: Forward, owner: type) -> Forward:
         cache = kwargs.get("past_key_values")
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if not torch.compiler.is_compiling():
-            out = attend(self, hidden_states, call, None if cache is None else cache.layers[self.layer_idx])
+            layer = None if cache is None else cache.layers[self.layer_idx]
+            out = attend(self, hidden_states, call, layer)
             if out is not None:
+                if layer is not None:
+                    layer.seal()
                 return out, None
             count(call.model, stock="q, k and v have gradients or different dtypes", calls=1)
         # LoRA's gradients show only here, where the mask was made already: stock attention, with a matrix.

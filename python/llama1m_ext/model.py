@@ -87,7 +87,7 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
         hidden = model.embed_tokens(ids) if embeds is None else embeds
         call.begin(hidden)
         for page in call.pages or ():
-            page.expect(call.past_len + call.q_len)
+            page.expect(call.past_len + call.q_len, call.scratch)
         more = {} if given.get("cache_position") is None else {"cache_position": given["cache_position"]}
         seen = [hidden]
         for layer in call.layers:

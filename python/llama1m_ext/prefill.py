@@ -72,7 +72,7 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
                 page.length = 0  # the same memory again
             else:
                 page = call.pages[i]
-            page.expect(call.past_len + n)
+            page.expect(call.past_len + n, call.scratch)
             silent = n - keep if i == len(call.layers) - 1 else 0
             for a, b in _chunks(0, silent, chunk):
                 # Nobody will look at these positions of the last layer: their keys and values are all that matters.
@@ -81,6 +81,7 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
             for a, b in _chunks(silent, n, chunk):
                 _layer(layer, hidden[:, a:b], call, page, a)
                 progress.step(cost.chunk(a, b))
+            page.seal()
     if keep < n:
         return model.norm(hidden[:, n - keep :])
     out = hidden

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from llama1m_ext import LongCache, pages
+from llama1m_ext import LongCache, dense
 from llama1m_ext.cache import PagedLayer, paged_layers
 
 CROP_TAKES_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
@@ -29,14 +29,15 @@ def new_tokens(batch: int, n: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.fixture(autouse=True)
 def nan_in_new_pages(monkeypatch):
-    make = pages._page
-    monkeypatch.setattr(pages, "_page", lambda shape, like: make(shape, like).fill_(float("nan")))
+    make = dense.empty
+    monkeypatch.setattr(dense, "empty", lambda *args: make(*args).fill_(float("nan")))
 
 
 def same(ours: PagedLayer, theirs: DynamicLayer) -> None:
     length = theirs.get_seq_length()
     assert ours.get_seq_length() == length
-    assert ours.capacity == sum(p.shape[2] for p in ours.k_pages) == sum(p.shape[2] for p in ours.v_pages)
+    if length:
+        assert ours.capacity == sum(p.k.shape[2] for p in ours.pages) == sum(p.v.shape[2] for p in ours.pages)
     assert ours.capacity >= ours.length
     if length:
         assert torch.equal(ours.keys, theirs.keys)
@@ -117,10 +118,10 @@ def test_decode_appends_in_place():
     layer = PagedLayer()
     layer.expect(1000)
     layer.append(*new_tokens(1, 1000, 0))
-    pages = [p.data_ptr() for p in layer.k_pages]
+    pages = [p.k.data_ptr() for p in layer.pages]
     for step in range(60):
         layer.append(*new_tokens(1, 1, step))
-    assert [p.data_ptr() for p in layer.k_pages] == pages
+    assert [p.k.data_ptr() for p in layer.pages] == pages
     assert len(pages) == 1
 
 
@@ -135,13 +136,13 @@ def test_automatic_pages_are_few_and_waste_little():
         layer.slots(k, k)
         layer.length = layer.capacity
         assert layer.capacity <= max(layer.length, 100_000) * 1.125 + 128
-    assert len(layer.k_pages) < 24
+    assert len(layer.pages) < 24
 
 
 def test_pages_have_the_size_that_was_asked_for():
     layer = PagedLayer(32)
     layer.append(*new_tokens(2, 100, 0))
-    assert [tuple(p.shape) for p in layer.k_pages] == [(2, HEADS, 32, HEAD_DIM)] * 4
+    assert [tuple(p.k.shape) for p in layer.pages] == [(2, HEADS, 32, HEAD_DIM)] * 4
 
 
 @pytest.mark.skipif(not CROP_TAKES_LENGTH, reason="transformers 5 removes tokens only")
@@ -244,7 +245,7 @@ def test_a_dynamic_cache_is_adopted_without_copying():
     keys = cache.layers[1].keys
     before = keys.clone()
     layers = paged_layers(cache, 2, "auto")
-    assert layers[1].k_pages[0].data_ptr() == keys.data_ptr()
+    assert layers[1].pages[0].k.data_ptr() == keys.data_ptr()
     layers[1].truncate(4)
     layers[1].append(*new_tokens(1, 3, 9))
     layers[1].reorder_cache(torch.tensor([0]))

@@ -173,7 +173,7 @@ def test_cache_from_call_to_call(model, kind):
     assert not llama1m_ext.stats(model).stock
     assert cache.get_seq_length() == 30 + 3 * 8 + 2 * 12 - 1
     if kind == "small pages":
-        assert len(cache.layers[0].k_pages) == -(-cache.get_seq_length() // 7)
+        assert len(cache.layers[0].pages) == -(-cache.get_seq_length() // 7)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "adopted from stock", "given back to stock"])
@@ -207,10 +207,10 @@ def test_inference_mode_then_no_grad(model):
 
 
 def test_unwritten_memory_of_pages_is_never_read(model, monkeypatch):
-    from llama1m_ext import pages
+    from llama1m_ext import dense
 
-    make = pages._page
-    monkeypatch.setattr(pages, "_page", lambda shape, like: make(shape, like).fill_(float("nan")))
+    make = dense.empty
+    monkeypatch.setattr(dense, "empty", lambda *args: make(*args).fill_(float("nan")))
     ids, mask = left_padded([45, 20])
     for options, beams in (({"page_size": 9}, 2), ({"page_size": 64, "chunk": 10}, 1), ({"page_size": "auto"}, 1)):
         llama1m_ext.set_options(model, **options)

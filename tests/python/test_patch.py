@@ -239,7 +239,7 @@ def test_models_are_copied_and_pickled_with_their_options(model):
         ({"min_layer_major_len": 1.5}, TypeError, "min_layer_major_len.*1.5"),
         ({"progress": "yes"}, TypeError, "progress.*'yes'"),
         ({"replace_sdpa": 1}, TypeError, "replace_sdpa.*1"),
-        ({"chunks": 3}, TypeError, "expected one of chunk, .*'chunks'"),
+        ({"chunks": 3}, TypeError, "expected one of .*chunk, .*'chunks'"),
     ],
 )
 def test_mistakes_in_options(model, change, error, words):

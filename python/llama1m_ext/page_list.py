@@ -1,0 +1,476 @@
+"""Keys and values of one layer as a list of pages: appended to in place, made compact when they are no longer new.
+
+Nothing here knows transformers: `pages.PagedLayer` is this with the face of transformers' `DynamicLayer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import dense, ops
+from .dense import Kind, Scratch, Stored, gathered, groups, is_dense, loaded, new_page, part_of
+from .formats import GROUP, MODEL, Compact, KvFormat, Page, Side
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+PageSize = int | Literal["auto"]
+SINK = GROUP
+"""So many of the first tokens always stay dense: attention leans on them, whatever the text (2309.17453)."""
+KEPT = GROUP
+"""So many of the newest tokens stay dense, at least."""
+TAIL = KEPT + 4 * GROUP
+"""Tokens of a tail: the dense page at the end of a layer in a compact format."""
+_ROUND = 128
+"""Automatic pages are a multiple of this many tokens."""
+
+
+class PageList:
+    """Pages of keys and values, in order. The first `length` tokens are in use; what lies beyond is memory that nobody
+    has written or may read. Every page but the last is full.
+
+    In the model's own format new tokens are written into the last page. In a compact one they go into dense memory at
+    the end, and `seal` makes them compact once there are enough of them, all but the newest: so there is a dense page of
+    64 tokens, compact ones, and a dense tail.
+
+    A `Page` in the list is never changed, and a token in use stays where it was written: what is made compact is written
+    elsewhere. So a list of pages and a length stay valid whatever is appended later (`snapshot`).
+
+    Args:
+        page_size: tokens of a page, or "auto": the first page has the prompt and 6% of room, later ones an eighth of
+            the length, so that pages stay few and at most about 12% is unused. Compact pages round it up to 64.
+        kv: the format, or None: not decided yet, and dense until it is (`decide`).
+
+    Attributes:
+        pages: `Page`s, and what stands for those that live elsewhere (`Stored`).
+        length: tokens in use.
+        capacity: tokens that the pages have room for.
+        kind: shapes and dtypes, once something is there.
+    """
+
+    def __init__(self, page_size: PageSize = "auto", kv: KvFormat | None = None, **kwargs: Any) -> None:
+        self.page_size = page_size
+        self.pages: list[Page | Stored] = []
+        self.length = 0
+        self.capacity = 0
+        self.kind: Kind | None = None
+        self._kv = kv
+        self._expected = 0
+        # So many of the first tokens belong to somebody else, or somebody holds a view of them: what is written there
+        # must not change under its holder.
+        self._lent = 0
+        # The compact page that is not full yet, with all its room: the last compact one in `pages` is a view of it.
+        self._open: Page | None = None
+        self._scratch: Scratch | None = None
+        self._borrowed = False
+        super().__init__(**kwargs)
+
+    @classmethod
+    def of_pages(
+        cls,
+        pages: Sequence[Page | Stored],
+        length: int,
+        kv: KvFormat | None = None,
+        page_size: PageSize = "auto",
+        kind: Kind | None = None,
+    ) -> Self:
+        """A list of somebody else's pages (a file's, another cache's), which are never written to.
+
+        Args:
+            pages: in order, with at least `length` tokens.
+            kind: of the keys and values; default: as the first page, which must be dense then.
+
+        Raises:
+            ValueError: too few tokens, or no dense page to tell the kind from.
+        """
+        made = cls(page_size, kv)
+        total = sum(page.size for page in pages)
+        if not 0 <= length <= total:
+            raise ValueError(f"length: expected 0 to {total}, the tokens of the pages, got {length}")
+        made.pages = list(pages)
+        made.capacity, made.length = total, length
+        made._close()
+        if kind is None and made.pages:
+            first = loaded(made.pages[0])
+            if not is_dense(first):
+                raise ValueError("kind: expected it to be given where the first page is compact, got None")
+            kind = Kind.of(first.k, first.v)  # type: ignore[arg-type]
+        if kind is not None:
+            made._note(kind)
+        made._lent = length
+        return made
+
+    # -- the format --------------------------------------------------------------------------------------------------
+
+    @property
+    def format(self) -> KvFormat:
+        """The format of what is kept; the model's own as long as nothing is decided."""
+        return self._kv or MODEL
+
+    @property
+    def decided(self) -> bool:
+        """Whether the format is set."""
+        return self._kv is not None
+
+    def decide(self, kv: KvFormat) -> None:
+        """Sets the format, unless it is set already. What is there becomes compact at the next `seal`."""
+        if self._kv is None:
+            self._kv = kv
+
+    @property
+    def _compact(self) -> bool:
+        return not self.format.is_model and self.kind is not None and self.kind.can_be_compact
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the pages take, room included; those that live elsewhere count nothing."""
+        here = [page for page in self.pages if isinstance(page, Page)]
+        total = sum(page.nbytes for page in here)
+        if self._open is not None:
+            total += self._open.nbytes - next(page.nbytes for page in reversed(here) if not is_dense(page))
+        return total
+
+    # -- appending -----------------------------------------------------------------------------------------------------
+
+    def expect(self, length: int, scratch: Scratch | None = None) -> None:
+        """Says how many tokens there will be soon, so that the next page is made large enough.
+
+        Args:
+            scratch: where a compact format keeps them dense until `seal`.
+        """
+        self._expected = length
+        self._scratch = scratch
+
+    def fits(self, k: Tensor, v: Tensor) -> bool:
+        """Whether k and v `[batch, kv_heads, n, head_dim]` can be written beside what is there."""
+        return not self.pages or self.kind == Kind.of(k, v)
+
+    def slots(self, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Room for the next tokens, in shapes like k and v: views to be written, in order. `commit` makes them count.
+
+        Args:
+            k, v: `[batch, kv_heads, n, head_dim]`, read for shape, dtype and device only.
+        """
+        n = k.shape[2]
+        if self.capacity - self.length < n:
+            if not self.pages:
+                self._note(Kind.of(k, v))
+            if self._compact:
+                self._grow_dense(n, k, v)
+            else:
+                self._grow(n, k, v)
+        end, at = self.length + n, self.capacity
+        found: list[tuple[Tensor, Tensor]] = []
+        for page in reversed(self.pages):
+            at -= page.size
+            if at < end:
+                a, b = max(self.length - at, 0), min(end - at, page.size)
+                assert isinstance(page, Page)  # only dense pages have room
+                slot = page.narrow(a, b)
+                found.append((slot.k, slot.v))  # type: ignore[arg-type]
+            if at <= self.length:
+                break
+        found.reverse()
+        return found
+
+    def commit(self, n: int) -> None:
+        """The next n tokens are written."""
+        self.length += n
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Writes the next tokens, `[batch, kv_heads, n, head_dim]`, as they are."""
+        at = 0
+        for k_slot, v_slot in self.slots(k, v):
+            n = k_slot.shape[2]
+            k_slot.copy_(k[:, :, at : at + n])
+            v_slot.copy_(v[:, :, at : at + n])
+            at += n
+        self.commit(at)
+
+    @property
+    def k(self) -> Any:
+        """What `ops.attention` takes as k, with `kv_len=length`."""
+        return self._sides("k")
+
+    @property
+    def v(self) -> Any:
+        """What `ops.attention` takes as v."""
+        return self._sides("v")
+
+    def _sides(self, which: Literal["k", "v"]) -> Any:
+        sides = [getattr(loaded(page), which) for page in self.pages]
+        return sides[0] if len(sides) == 1 and isinstance(sides[0], Tensor) else sides
+
+    def _grow(self, n: int, k: Tensor, v: Tensor) -> None:
+        need = self.length + n - self.capacity
+        if self.page_size == "auto":
+            total = max(self.length + n, self._expected)
+            sizes = [_rounded(max(need, total - self.capacity) + _room(total, not self.pages), _ROUND)]
+        else:
+            sizes = [self.page_size] * -(-need // self.page_size)
+        for size in sizes:
+            self.pages.append(new_page(MODEL, size, k, v))
+            self.capacity += size
+
+    def _grow_dense(self, n: int, k: Tensor, v: Tensor) -> None:
+        """A tail with room for n more tokens; or, where they are too many, dense memory until they are compact."""
+        self._close()
+        index, start = self._run()
+        used, need = self.length - start, max(n, self._expected - self.length)
+        size = _tail_size(start)
+        if used + need <= size:
+            run: Any = self.pages[index:]
+            page = gathered(run, 0, used, size) if run else new_page(MODEL, size, k, v)
+            self.pages[index:] = [page]
+            self.capacity = start
+        elif self._scratch is None:
+            page = new_page(MODEL, need, k, v)
+            self.pages.append(page)
+        else:
+            page = self._scratch.take(need, k, v)
+            self._borrowed = True
+            self.pages.append(page)
+        self.capacity += page.size
+
+    # -- making compact ------------------------------------------------------------------------------------------------
+
+    def seal(self) -> None:
+        """In a compact format: once enough dense tokens are at the end (`TAIL`, or what a prefill left), all but the
+        newest of them become compact, and memory borrowed for them is given back. Else nothing happens."""
+        if not self._compact:
+            return
+        index, start = self._run()
+        used, size = self.length - start, _tail_size(start)
+        if used < size and not self._borrowed:
+            return
+        self._close()
+        run: Any = self.pages[index:]
+        pages, opened = self.pages[:index], self._open
+        sink = max(0, SINK - start)
+        n = max(0, used - sink - KEPT) // GROUP * GROUP
+        if n:
+            if sink:
+                # Memory of its own: a view would keep the whole prompt's.
+                pages.append(gathered(run, 0, sink, sink))
+                opened = None
+            opened = self._append_compact(pages, opened, run, sink, sink + n)
+        done = sink + n if n else 0
+        if run:
+            pages.append(gathered(run, done, used, _tail_size(start + done)))
+        # Only now, when nothing can fail any more.
+        self.pages, self._open = pages, opened
+        self.capacity = sum(page.size for page in pages)
+        if self._borrowed and self._scratch is not None:
+            self._scratch.give_back()
+        self._borrowed, self._scratch, self._expected = False, None, 0
+
+    def _append_compact(
+        self, pages: list[Page | Stored], page: Page | None, run: Sequence[Page], start: int, end: int
+    ) -> Page | None:
+        """Appends tokens `start` to `end` of the dense run to the list, in compact pages. Returns the one with room.
+
+        Args:
+            page: the compact page with room, of which the last one in `pages` is a view; or None.
+        """
+        used = 0 if page is None else pages[-1].size
+        for k, v in groups(run, start, end):
+            at = 0
+            while at < k.shape[2]:
+                if page is None or used == page.size:
+                    left = end - start
+                    if self.page_size == "auto":
+                        first = all(is_dense(p) for p in pages)
+                        size = left + _room(max(self.length, self._expected), first)
+                    else:
+                        size = self.page_size
+                    page, used = new_page(self.format, _rounded(size, GROUP), k, v), 0
+                    pages.append(page)
+                n = min(k.shape[2] - at, page.size - used)
+                ops.kv_append(k[:, :, at : at + n], v[:, :, at : at + n], page, used)
+                at, used, start = at + n, used + n, start + n
+                pages[-1] = page.narrow(0, used)
+        return page
+
+    def _run(self) -> tuple[int, int]:
+        """Where the dense pages at the end begin: (index in `pages`, token)."""
+        index, start = len(self.pages), self.capacity
+        while index and is_dense(self.pages[index - 1]):
+            index -= 1
+            start -= self.pages[index].size
+        return index, start
+
+    # -- forgetting, sharing -------------------------------------------------------------------------------------------
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens from `length` on."""
+        if length >= self.length:
+            return
+        self.length = max(0, length)
+        self._trim()
+        if self.capacity > self.length:
+            last = self.pages[-1]
+            if not is_dense(last):
+                # A group that is not whole can't be gone on with: it stays as it is, and what follows goes elsewhere.
+                whole = (self.length - (self.capacity - last.size)) % GROUP == 0
+                if self.length < self._lent or not whole:
+                    self._open = None
+                if not isinstance(last, Page):
+                    self._lent = self.length  # a file's memory, to be read only
+                self._close()
+            elif self.length < self._lent:
+                self._close()
+        self._lent = min(self._lent, self.length)
+
+    def _trim(self) -> None:
+        """Drops pages that have no token in use."""
+        while self.pages and self.capacity - self.pages[-1].size >= self.length:
+            page = self.pages.pop()
+            self.capacity -= page.size
+            if not is_dense(page):
+                self._open = None  # of which it was a view, if there was one
+
+    def _close(self) -> None:
+        """Cuts off what has no token in use, so that what comes next is written elsewhere."""
+        self._trim()
+        if self.capacity > self.length:
+            last = self.pages[-1]
+            self.pages[-1] = part_of(last, 0, last.size - (self.capacity - self.length))
+            self.capacity = self.length
+
+    def share(self, length: int) -> list[Page | Stored]:
+        """The first `length` tokens, for somebody else to read: views, which nothing is written to from now on.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: expected 0 to {self.length}, the tokens there are, got {length}")
+        self._settle()
+        self._lent = max(self._lent, length)
+        return self._used(length)
+
+    def _used(self, length: int) -> list[Page | Stored]:
+        """Views of the first `length` tokens."""
+        at, found = 0, list[Page | Stored]()
+        for page in self.pages:
+            if at >= length:
+                break
+            found.append(part_of(page, 0, min(page.size, length - at)))
+            at += page.size
+        return found
+
+    @property
+    def settled(self) -> int:
+        """So many of the first pages are full, and not written to any more: they may be moved elsewhere (`replace`)."""
+        if self._compact:
+            return self._run()[0]
+        return len(self.pages) - (bool(self.pages) and self.capacity > self.length)
+
+    def replace(self, index: int, page: Page | Stored) -> None:
+        """Puts a page with the same tokens in the place of a settled one: where it lives now.
+
+        Raises:
+            ValueError: that page is still written to, or is of another size.
+        """
+        if not 0 <= index < self.settled:
+            raise ValueError(f"index: expected 0 to {self.settled - 1}, the settled pages, got {index}")
+        if page.size != self.pages[index].size:
+            raise ValueError(f"page: expected {self.pages[index].size} tokens, got {page.size}")
+        if not any(not is_dense(later) for later in self.pages[index + 1 :]):
+            self._open = None
+        self.pages[index] = page
+
+    def snapshot(self) -> dict[str, Any]:
+        """The present state, for `restore`: valid until tokens that it has are forgotten, or rows are reordered."""
+        return {**self.__dict__, "pages": list(self.pages)}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Everything as it was at that snapshot, which may be used again."""
+        lent = self._lent
+        if self._borrowed and self._scratch is not None:
+            self._scratch.give_back()
+        self.__dict__.clear()
+        self.__dict__.update(snapshot, pages=list(snapshot["pages"]))
+        if lent > self.length:
+            # Somebody holds what was written after the snapshot, in the same memory.
+            self._close()
+            self._open = None
+        self._lent = max(self._lent, min(lent, self.length))
+
+    def take_rows(self, rows: Sequence[int]) -> None:
+        """Batch row i becomes what row `rows[i]` was. Rows that stay where they are cost nothing."""
+        self._settle()
+        if not self.length or self.kind is None:
+            return
+        batch = self.kind.batch
+        rows = [range(batch)[row] for row in rows]  # as index_select: IndexError for a row that is not there
+        moved = [i for i, row in enumerate(rows) if i != row]
+        if len(rows) == batch and not moved:
+            return
+        self._trim()
+        same_shape = len(rows) == batch
+        start = 0
+        for i, page in enumerate(self.pages):
+            used = min(page.size, self.length - start)
+            if same_shape and start >= self._lent and isinstance(page, Page):
+                for t in _bytes_of(page, used):
+                    t[moved] = t[[rows[j] for j in moved]]
+            else:
+                self.pages[i] = _with_rows(loaded(page), rows, used)
+                if not is_dense(page):
+                    self._open = None
+            start += page.size
+        self._lent = 0
+        self._note(self.kind._replace(batch=len(rows)))
+
+    # -- for subclasses --------------------------------------------------------------------------------------------------
+
+    def _note(self, kind: Kind) -> None:
+        """The kind of what is kept is known."""
+        self.kind = kind
+
+    def _settle(self) -> None:
+        """Before anything is done with the pages."""
+
+
+def _rounded(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _room(total: int, first: bool) -> int:
+    """Tokens that an automatic page has beyond what is known to come."""
+    return max(_ROUND, total // (16 if first else 8))
+
+
+def _tail_size(start: int) -> int:
+    """Tokens of a tail that begins at token `start`: the first tokens of all stay with it until it is full."""
+    return TAIL + max(0, SINK - start)
+
+
+def _bytes_of(page: Page, used: int) -> list[Tensor]:
+    """A page's tensors, `used` tokens of a dense one, in dtypes that torch can index."""
+    return [_indexable(t) for t in (page.narrow(0, used) if is_dense(page) else page).tensors().values()]
+
+
+def _indexable(t: Tensor) -> Tensor:
+    return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
+
+
+def _with_rows(page: Page, rows: list[int], used: int) -> Page:
+    """A copy with these batch rows; of a dense page `used` tokens, with its room."""
+
+    def taken(side: Side, which: Literal["k", "v"]) -> Side:
+        if isinstance(side, Compact):
+            return Compact(*(_indexable(t)[rows].view(t.dtype) for t in side))
+        new = dense.empty("model", which, (len(rows), *side.shape[1:]), side)  # type: ignore[arg-type]
+        for i, row in enumerate(rows):
+            new[i, :, :used] = side[row, :, :used]  # type: ignore[index]
+        return new
+
+    # No inference tensors, even inside inference_mode: they could not be written outside of it later.
+    with torch.inference_mode(False), torch.no_grad():
+        return Page(taken(page.k, "k"), taken(page.v, "v"))
