@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -140,6 +141,7 @@ class Store:
         self.share = (budget - 2 * BUFFERS * self.page_bytes) // layers
         self.file = PageFile(folder, BUFFERS * self.page_bytes)
         self.stream = Stream()
+        self._last: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
     @property
     def traffic(self) -> Traffic:
@@ -154,21 +156,32 @@ class Store:
         """
         return max(GROUP, int(self.page_bytes / token_bytes) // GROUP * GROUP)
 
-    def put(self, page: Page, among: Sequence[Page | StoredPage]) -> Page | StoredPage:
-        """A place for a page that is full.
+    def settle(self, layer: Any) -> None:
+        """Gives each page of a layer that is not written to any more its place: the first ones stay in memory, as far as
+        the layer's share goes.
 
         Args:
-            page: owned by the store from now on: nobody may write to it, or to memory that it is a view of.
-            among: the layer's pages; those in memory count against its share, this one if it is among them, too.
-
-        Returns:
-            The page itself, or one in the file, to be put in its place.
+            layer: with `pages`, `settled` (so many of the first are not written to any more) and `replace(index, page)`.
 
         Raises:
-            OSError: the disk is full, or the folder is not there; `page` is as it was.
+            OSError: the disk is full, or the folder is not there. The pages are in memory then.
         """
-        taken = sum(p.nbytes for p in among if type(p) is Page and p is not page)
-        return page if taken + page.nbytes <= self.share else self.file.put(page)
+        pages, end = layer.pages, layer.settled
+        if not end:
+            return
+        last = self._last.get(layer)
+        if last is not None and last() is pages[end - 1]:
+            return  # nothing new: each decoded token comes here
+        taken = sum(page.nbytes for page in pages[end:] if type(page) is Page)
+        for i in range(end):
+            page = pages[i]
+            if type(page) is not Page:
+                continue
+            if taken + page.nbytes <= self.share:
+                taken += page.nbytes
+            else:
+                layer.replace(i, self.file.put(page))
+        self._last[layer] = weakref.ref(layer.pages[end - 1])
 
     def flush(self) -> None:
         """Waits until all pages are where they belong.

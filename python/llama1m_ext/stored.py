@@ -176,6 +176,8 @@ class _Record:
             memory = source.view(self.end)
             assert memory is not None
             tensors = {name: _typed(memory, span.offset, span) for name, span in self.spans.items()}
+            for span in self.spans.values():
+                source.will_need(span.offset, span.nbytes)
             self._verify(tensors, state)
             self.views = page_of(tensors)
             return self.views
@@ -276,12 +278,6 @@ class StoredPage:
         if page is None:
             page = record.load(buffer)
         return page if self.size == record.size else page.narrow(self.start, self.start + self.size)
-
-    def prefetch(self) -> None:
-        """Lets the operating system read ahead, where the page is seen through a memory map."""
-        if self._record.views is None:
-            for span in self._record.spans.values():
-                self.source.will_need(span.offset, span.nbytes)
 
     def narrow(self, start: int, end: int) -> StoredPage:
         """Tokens `start` to `end` of it; `start` a multiple of 64 where keys are compact. `load` still reads all of it."""
