@@ -1,14 +1,14 @@
-"""Dense pages: memory for them, and runs of their tokens."""
+"""Pages' memory: made, read in runs of tokens, copied by batch rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeGuard
+from typing import Literal, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
-from .formats import GROUP, MODEL, KvFormat, Page, empty
+from .formats import GROUP, MODEL, Compact, KvFormat, Page, Side, empty
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,6 +121,31 @@ def gathered(run: Sequence[Page], start: int, end: int, size: int) -> Page:
         slot.v.copy_(v)  # type: ignore[union-attr]
         at += k.shape[2]
     return page
+
+
+def indexable(page: Page, used: int) -> list[Tensor]:
+    """A page's tensors, `used` tokens of a dense one, in dtypes that torch can index."""
+    return [_bytes_of(t) for t in (page.narrow(0, used) if is_dense(page) else page).tensors().values()]
+
+
+def _bytes_of(t: Tensor) -> Tensor:
+    return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
+
+
+def with_rows(page: Page, rows: list[int], used: int) -> Page:
+    """A copy with these batch rows; of a dense page `used` tokens, with its room."""
+
+    def taken(side: Side, which: Literal["k", "v"]) -> Side:
+        if isinstance(side, Compact):
+            return Compact(*(_bytes_of(t)[rows].view(t.dtype) for t in side))
+        new = empty("model", which, (len(rows), *side.shape[1:]), side)  # type: ignore[arg-type]
+        for i, row in enumerate(rows):
+            new[i, :, :used] = side[row, :, :used]  # type: ignore[index]
+        return new
+
+    # No inference tensors, even inside inference_mode: they could not be written outside of it later.
+    with torch.inference_mode(False), torch.no_grad():
+        return Page(taken(page.k, "k"), taken(page.v, "v"))
 
 
 class Scratch:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import offload, ops
 from .cache import PagedLayer
 from .call import DTYPES, MARK, Call
 from .stats import count
@@ -70,23 +70,20 @@ def attend(attn: Any, x: Tensor, call: Call, layer: PagedLayer | None, at: int =
         return None
     if layer is None:
         rotated, k = call.rope.apply(q, k, at=at)
-        keys: Any = k.to(v.dtype)
-        values: Any = v
-        kv_len = n
     else:
         rotated = store(layer, q, k, v, call, at)
-        keys, values, kv_len = layer.k, layer.v, layer.length
-    intervals = call.intervals
-    out = ops.attention(
-        rotated.to(v.dtype),  # type: ignore[union-attr]  # tables of somebody else's may be wider
-        keys,
-        values,
-        softmax_scale=attn.scaling,
-        q_start=call.past_len + at,
-        kv_start=intervals.start,
-        kv_end=intervals.end,
-        kv_len=kv_len,
-    )
+    assert rotated is not None
+    rotated = rotated.to(v.dtype)  # tables of somebody else's may be wider
+    where: dict[str, Any] = {
+        "softmax_scale": attn.scaling,
+        "q_start": call.past_len + at,
+        "kv_start": call.intervals.start,
+        "kv_end": call.intervals.end,
+    }
+    if layer is None:
+        out = ops.attention(rotated, k.to(v.dtype), v, **where)
+    else:
+        out = offload.attention(rotated, layer, **where)
     call.served += 1
     return attn.o_proj(out.transpose(1, 2).reshape(batch, n, -1))  # type: ignore[union-attr]
 

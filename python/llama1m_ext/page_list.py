@@ -1,6 +1,7 @@
-"""Keys and values of one layer as a list of pages: appended to in place, made compact when they are no longer new.
+"""Keys and values of one layer as a list of pages: appended to in place, cut, shared, taken back.
 
-Nothing here knows transformers: `pages.PagedLayer` is this with the face of transformers' `DynamicLayer`.
+`sealed.SealedList` adds what becomes of tokens that are no longer new, `pages.PagedLayer` the face of transformers'
+`DynamicLayer`.
 """
 
 from __future__ import annotations
@@ -8,23 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
-from . import dense, ops
-from .dense import Kind, Scratch, Stored, gathered, groups, is_dense, loaded, new_page, part_of
-from .formats import GROUP, MODEL, Compact, KvFormat, Page, Side
+from .dense import Kind, Scratch, Stored, indexable, is_dense, loaded, new_page, part_of, with_rows
+from .formats import GROUP, MODEL, KvFormat, Page
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 PageSize = int | Literal["auto"]
-SINK = GROUP
-"""So many of the first tokens always stay dense: attention leans on them, whatever the text (2309.17453)."""
-KEPT = GROUP
-"""So many of the newest tokens stay dense, at least."""
-TAIL = KEPT + 4 * GROUP
-"""Tokens of a tail: the dense page at the end of a layer in a compact format."""
 _ROUND = 128
 """Automatic pages are a multiple of this many tokens."""
 
@@ -33,12 +26,8 @@ class PageList:
     """Pages of keys and values, in order. The first `length` tokens are in use; what lies beyond is memory that nobody
     has written or may read. Every page but the last is full.
 
-    In the model's own format new tokens are written into the last page. In a compact one they go into dense memory at
-    the end, and `seal` makes them compact once there are enough of them, all but the newest: so there is a dense page of
-    64 tokens, compact ones, and a dense tail.
-
-    A `Page` in the list is never changed, and a token in use stays where it was written: what is made compact is written
-    elsewhere. So a list of pages and a length stay valid whatever is appended later (`snapshot`).
+    A `Page` in the list is never changed, and a token in use stays where it was written. So a list of pages and a length
+    stay valid whatever is appended later (`snapshot`).
 
     Args:
         page_size: tokens of a page, or "auto": the first page has the prompt and 6% of room, later ones an eighth of
@@ -122,10 +111,6 @@ class PageList:
             self._kv = kv
 
     @property
-    def _compact(self) -> bool:
-        return not self.format.is_model and self.kind is not None and self.kind.can_be_compact
-
-    @property
     def nbytes(self) -> int:
         """Bytes of memory that the pages take, room included; those that live elsewhere count nothing."""
         here = [page for page in self.pages if isinstance(page, Page)]
@@ -159,10 +144,7 @@ class PageList:
         if self.capacity - self.length < n:
             if not self.pages:
                 self._note(Kind.of(k, v))
-            if self._compact:
-                self._grow_dense(n, k, v)
-            else:
-                self._grow(n, k, v)
+            self._grow(n, k, v)
         end, at = self.length + n, self.capacity
         found: list[tuple[Tensor, Tensor]] = []
         for page in reversed(self.pages):
@@ -191,117 +173,17 @@ class PageList:
             at += n
         self.commit(at)
 
-    @property
-    def k(self) -> Any:
-        """What `ops.attention` takes as k, with `kv_len=length`."""
-        return self._sides("k")
-
-    @property
-    def v(self) -> Any:
-        """What `ops.attention` takes as v."""
-        return self._sides("v")
-
-    def _sides(self, which: Literal["k", "v"]) -> Any:
-        sides = [getattr(loaded(page), which) for page in self.pages]
-        return sides[0] if len(sides) == 1 and isinstance(sides[0], Tensor) else sides
-
     def _grow(self, n: int, k: Tensor, v: Tensor) -> None:
+        """Makes room for n more tokens."""
         need = self.length + n - self.capacity
         if self.page_size == "auto":
             total = max(self.length + n, self._expected)
-            sizes = [_rounded(max(need, total - self.capacity) + _room(total, not self.pages), _ROUND)]
+            sizes = [rounded(max(need, total - self.capacity) + spare(total, not self.pages), _ROUND)]
         else:
             sizes = [self.page_size] * -(-need // self.page_size)
         for size in sizes:
             self.pages.append(new_page(MODEL, size, k, v))
             self.capacity += size
-
-    def _grow_dense(self, n: int, k: Tensor, v: Tensor) -> None:
-        """A tail with room for n more tokens; or, where they are too many, dense memory until they are compact."""
-        self._close()
-        index, start = self._run()
-        used, need = self.length - start, max(n, self._expected - self.length)
-        size = _tail_size(start)
-        if used + need <= size:
-            run: Any = self.pages[index:]
-            page = gathered(run, 0, used, size) if run else new_page(MODEL, size, k, v)
-            self.pages[index:] = [page]
-            self.capacity = start
-        elif self._scratch is None:
-            page = new_page(MODEL, need, k, v)
-            self.pages.append(page)
-        else:
-            page = self._scratch.take(need, k, v)
-            self._borrowed = True
-            self.pages.append(page)
-        self.capacity += page.size
-
-    # -- making compact ------------------------------------------------------------------------------------------------
-
-    def seal(self) -> None:
-        """In a compact format: once enough dense tokens are at the end (`TAIL`, or what a prefill left), all but the
-        newest of them become compact, and memory borrowed for them is given back. Else nothing happens."""
-        if not self._compact:
-            return
-        index, start = self._run()
-        used, size = self.length - start, _tail_size(start)
-        if used < size and not self._borrowed:
-            return
-        self._close()
-        run: Any = self.pages[index:]
-        pages, opened = self.pages[:index], self._open
-        sink = max(0, SINK - start)
-        n = max(0, used - sink - KEPT) // GROUP * GROUP
-        if n:
-            if sink:
-                # Memory of its own: a view would keep the whole prompt's.
-                pages.append(gathered(run, 0, sink, sink))
-                opened = None
-            opened = self._append_compact(pages, opened, run, sink, sink + n)
-        done = sink + n if n else 0
-        if run:
-            pages.append(gathered(run, done, used, _tail_size(start + done)))
-        # Only now, when nothing can fail any more.
-        self.pages, self._open = pages, opened
-        self.capacity = sum(page.size for page in pages)
-        if self._borrowed and self._scratch is not None:
-            self._scratch.give_back()
-        self._borrowed, self._scratch, self._expected = False, None, 0
-
-    def _append_compact(
-        self, pages: list[Page | Stored], page: Page | None, run: Sequence[Page], start: int, end: int
-    ) -> Page | None:
-        """Appends tokens `start` to `end` of the dense run to the list, in compact pages. Returns the one with room.
-
-        Args:
-            page: the compact page with room, of which the last one in `pages` is a view; or None.
-        """
-        used = 0 if page is None else pages[-1].size
-        for k, v in groups(run, start, end):
-            at = 0
-            while at < k.shape[2]:
-                if page is None or used == page.size:
-                    left = end - start
-                    if self.page_size == "auto":
-                        first = all(is_dense(p) for p in pages)
-                        size = left + _room(max(self.length, self._expected), first)
-                    else:
-                        size = self.page_size
-                    page, used = new_page(self.format, _rounded(size, GROUP), k, v), 0
-                    pages.append(page)
-                n = min(k.shape[2] - at, page.size - used)
-                ops.kv_append(k[:, :, at : at + n], v[:, :, at : at + n], page, used)
-                at, used, start = at + n, used + n, start + n
-                pages[-1] = page.narrow(0, used)
-        return page
-
-    def _run(self) -> tuple[int, int]:
-        """Where the dense pages at the end begin: (index in `pages`, token)."""
-        index, start = len(self.pages), self.capacity
-        while index and is_dense(self.pages[index - 1]):
-            index -= 1
-            start -= self.pages[index].size
-        return index, start
 
     # -- forgetting, sharing -------------------------------------------------------------------------------------------
 
@@ -366,8 +248,6 @@ class PageList:
     @property
     def settled(self) -> int:
         """So many of the first pages are full, and not written to any more: they may be moved elsewhere (`replace`)."""
-        if self._compact:
-            return self._run()[0]
         return len(self.pages) - (bool(self.pages) and self.capacity > self.length)
 
     def replace(self, index: int, page: Page | Stored) -> None:
@@ -417,10 +297,10 @@ class PageList:
         for i, page in enumerate(self.pages):
             used = min(page.size, self.length - start)
             if same_shape and start >= self._lent and isinstance(page, Page):
-                for t in _bytes_of(page, used):
+                for t in indexable(page, used):
                     t[moved] = t[[rows[j] for j in moved]]
             else:
-                self.pages[i] = _with_rows(loaded(page), rows, used)
+                self.pages[i] = with_rows(loaded(page), rows, used)
                 if not is_dense(page):
                     self._open = None
             start += page.size
@@ -437,40 +317,11 @@ class PageList:
         """Before anything is done with the pages."""
 
 
-def _rounded(n: int, to: int) -> int:
+def rounded(n: int, to: int) -> int:
+    """n, up to the next multiple."""
     return -(-n // to) * to
 
 
-def _room(total: int, first: bool) -> int:
-    """Tokens that an automatic page has beyond what is known to come."""
+def spare(total: int, first: bool) -> int:
+    """Tokens that an automatic page has room for beyond what is known to come."""
     return max(_ROUND, total // (16 if first else 8))
-
-
-def _tail_size(start: int) -> int:
-    """Tokens of a tail that begins at token `start`: the first tokens of all stay with it until it is full."""
-    return TAIL + max(0, SINK - start)
-
-
-def _bytes_of(page: Page, used: int) -> list[Tensor]:
-    """A page's tensors, `used` tokens of a dense one, in dtypes that torch can index."""
-    return [_indexable(t) for t in (page.narrow(0, used) if is_dense(page) else page).tensors().values()]
-
-
-def _indexable(t: Tensor) -> Tensor:
-    return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
-
-
-def _with_rows(page: Page, rows: list[int], used: int) -> Page:
-    """A copy with these batch rows; of a dense page `used` tokens, with its room."""
-
-    def taken(side: Side, which: Literal["k", "v"]) -> Side:
-        if isinstance(side, Compact):
-            return Compact(*(_indexable(t)[rows].view(t.dtype) for t in side))
-        new = dense.empty("model", which, (len(rows), *side.shape[1:]), side)  # type: ignore[arg-type]
-        for i, row in enumerate(rows):
-            new[i, :, :used] = side[row, :, :used]  # type: ignore[index]
-        return new
-
-    # No inference tensors, even inside inference_mode: they could not be written outside of it later.
-    with torch.inference_mode(False), torch.no_grad():
-        return Page(taken(page.k, "k"), taken(page.v, "v"))

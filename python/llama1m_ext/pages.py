@@ -15,15 +15,16 @@ from transformers.cache_utils import DynamicLayer
 from . import _compat, ops
 from .dense import Kind, is_dense, loaded
 from .formats import GROUP, KvFormat, Page
-from .page_list import PageList, PageSize
+from .page_list import PageSize
+from .sealed import SealedList
 
-__all__ = ["PageList", "PageSize", "PagedLayer"]
+__all__ = ["PageSize", "PagedLayer"]
 _READ = 64 * GROUP
 """Tokens of compact pages that are made dense at a time."""
 
 
-class PagedLayer(PageList, DynamicLayer):
-    """Keys and values of one layer in pages, each `[batch, kv_heads, tokens, head_dim]`: a `PageList` that serves where
+class PagedLayer(SealedList, DynamicLayer):
+    """Keys and values of one layer in pages, each `[batch, kv_heads, tokens, head_dim]`: a list of pages that serves where
     transformers and other people's code expect a `DynamicLayer`.
 
     `keys` and `values` are dense, whatever the format: of a compact one, new tensors with what its codes stand for.
