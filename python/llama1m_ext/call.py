@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama import modeling_llama
 
-from . import _compat
+from . import _compat, offload
 from .cache import PagedLayer, paged_layers
 from .dense import Scratch
 from .formats import MODEL, KvFormat
 from .intervals import ALL, Intervals, from_mask
 from .memory import available_bytes
+from .options import parse_bytes
 from .options import read as read_options
 from .rope import Rope
 
@@ -115,16 +116,25 @@ class Call:
 
 
 def decide_format(call: Call) -> None:
-    """Sets the format of layers that have none yet: that of the cache's other layers, or of the cache, or the option's."""
-    undecided = [page for page in call.pages or () if not page.decided]
-    if not undecided:
-        return
-    found = next((page.format for page in call.pages or () if page.decided), None)
-    if found is None:
-        kv = getattr(call.cache, "kv", None) or call.options.kv
-        found = MODEL if kv == "auto" else KvFormat.parse(kv)
-    for page in undecided:
-        page.decide(found)
+    """Sets the format of layers that have none yet: that of the cache's other layers, or of the cache, or the option's.
+    Where pages go to a disk, the layers get a store."""
+    layers = call.pages or []
+    undecided = [layer for layer in layers if not layer.decided]
+    if undecided:
+        found = next((layer.format for layer in layers if layer.decided), None)
+        if found is None:
+            kv = getattr(call.cache, "kv", None) or call.options.kv
+            found = MODEL if kv == "auto" else KvFormat.parse(kv)
+        for layer in undecided:
+            layer.decide(found)
+    if call.options.offload == "disk" and any(layer.store is None for layer in layers):
+        store = next((layer.store for layer in layers if layer.store is not None), None)
+        if store is None:
+            budget = call.options.kv_memory
+            room = (available_bytes() or 2 << 30) // 2 if budget == "auto" else parse_bytes("kv_memory", budget)
+            store = offload.Store(room, call.options.offload_dir, len(layers))
+        for layer in layers:
+            layer.store = layer.store or store
 
 
 def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
