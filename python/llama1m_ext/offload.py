@@ -45,6 +45,8 @@ __all__ = [
 PAGE_BYTES = 16 << 20
 """A stored page, at most: large enough that a disk reads at its full speed, small enough that buffers are."""
 BUFFERS = 2
+IN_FLIGHT = 256 << 20
+"""Bytes that may wait to be written, at most: they are written while the next layer computes."""
 _WAITING = 4 << 20
 """Bytes of partials that may wait for their merge."""
 
@@ -131,15 +133,16 @@ class Store:
 
     Attributes:
         page_bytes: of a page, at most.
-        share: bytes of pages in memory, of each layer; those that are still written to count too.
+        share: bytes of pages in memory, of each layer; its last page, which is still written to, counts too.
     """
 
     def __init__(self, budget: int, folder: str | None = None, layers: int = 1) -> None:
         self.budget, self.folder, self.layers = budget, folder, layers
-        # Half of the budget at most for what is no choice: each layer's last page, the buffers, what waits to be written.
+        # Half of the budget or so for what is no choice: each layer's last page, the buffers, what waits to be written.
         self.page_bytes = max(1, min(PAGE_BYTES, budget // (2 * (layers + 2 * BUFFERS))))
-        self.share = (budget - 2 * BUFFERS * self.page_bytes) // layers
-        self.file = PageFile(folder, BUFFERS * self.page_bytes)
+        in_flight = max(BUFFERS * self.page_bytes, min(IN_FLIGHT, budget // 8))
+        self.share = max(0, budget - BUFFERS * self.page_bytes - in_flight) // layers
+        self.file = PageFile(folder, in_flight)
         self.stream = Stream()
         self._last: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
@@ -155,6 +158,17 @@ class Store:
             token_bytes: of one token's K and V, in one layer, all batch rows.
         """
         return max(GROUP, int(self.page_bytes / token_bytes) // GROUP * GROUP)
+
+    def place(self, pages: Sequence[Any]) -> Page | StoredPage:
+        """A place for the last page of a layer, which is full: itself, or one in the file to be put in its place.
+
+        Raises:
+            OSError: as `settle`.
+        """
+        page = pages[-1]
+        if type(page) is not Page or sum(p.nbytes for p in pages if type(p) is Page) <= self.share:
+            return page
+        return self.file.put(page)
 
     def settle(self, layer: Any) -> None:
         """Gives each page of a layer that is not written to any more its place: the first ones stay in memory, as far as

@@ -91,8 +91,8 @@ class _Room:
     def __init__(self, offset: int, free: list[int]) -> None:
         self.offset, self.free, self.forks = offset, free, _forks[0]
 
-    def __del__(self) -> None:
-        if self.forks == _forks[0]:
+    def __del__(self, forks: list[int] = _forks) -> None:  # a default is there to the end, when globals are gone
+        if self.forks == forks[0]:
             self.free.append(self.offset)  # no lock: this may run at any moment, in any thread
 
 

@@ -163,6 +163,9 @@ class SealedList(PageList):
                 at, used, start = at + n, used + n, start + n
                 # A dense page keeps its room in the list, where the next tokens are written.
                 pages[-1] = page if kv.is_model else page.narrow(0, used)
+                if used == page.size and self.store is not None:
+                    # At once, so that what goes to a file is never all in memory beside the run.
+                    pages[-1], page = self.store.place(pages), None
         return page
 
     def _next_size(self, pages: Sequence[Page | Stored], n: int, k: Tensor, v: Tensor) -> int:

@@ -165,7 +165,7 @@ class _Record:
         self.nbytes = sum(-(-span.nbytes // ALIGN) * ALIGN for span in spans.values())
         self.size, of_v = (spans[s if s in spans else f"{s}.codes"].shape[2] for s in "kv")
         if of_v != self.size:
-            raise CacheDamaged(f"{source.name}: a page has {self.size} tokens of k and {of_v} of v")
+            raise CacheDamaged(f"{source.name}: page: it has {self.size} tokens of k and {of_v} of v")
 
     def load(self, buffer: Tensor | None) -> Page:
         source = self.source
@@ -236,15 +236,16 @@ class StoredPage:
     ) -> None:
         for name, span in spans.items():
             if len(span.shape) != 4 or min(span.offset, *span.shape) < 0:
-                raise CacheDamaged(f"{source.name}: tensor {name!r}: expected 4 axes and an offset, got {span}")
+                raise CacheDamaged(f"{source.name}: page: tensor {name!r}: expected 4 axes and an offset, got {span}")
             if span.nbytes != math.prod(span.shape) * span.dtype.itemsize:
                 raise CacheDamaged(
-                    f"{source.name}: tensor {name!r}: its shape does not take {span.nbytes} bytes: {span}"
+                    f"{source.name}: page: tensor {name!r}: its shape does not take {span.nbytes} bytes: {span}"
                 )
-        try:
-            self._record = _Record(source, dict(spans), dict(checksums or {}))
-        except KeyError as e:
-            raise CacheDamaged(f"{source.name}: a page without tensor {e}; it has {sorted(spans)}") from e
+        for side in "kv":
+            parts = {f"{side}.codes", f"{side}.params"}
+            if not parts <= spans.keys() and not (side in spans and parts.isdisjoint(spans)):
+                raise CacheDamaged(f"{source.name}: page: expected {side}, or {sorted(parts)}; it has {sorted(spans)}")
+        self._record = _Record(source, dict(spans), dict(checksums or {}))
         self.start, self.size = 0, self._record.size
 
     @property
