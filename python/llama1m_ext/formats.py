@@ -8,7 +8,7 @@ each 64 channels of each token. Codes are int8 (-128 to 127), int4 (-8 to 7) or 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ class Compact(NamedTuple):
 
     codes: Tensor
     params: Tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Plain pickle can't load float8 tensors.
+        return _unpickled, (self.codes.view(torch.uint8), self.codes.dtype, self.params)
+
+
+def _unpickled(codes: Tensor, dtype: torch.dtype, params: Tensor) -> Compact:
+    return Compact(codes.view(dtype), params)
 
 
 Side = Tensor | Compact
@@ -68,8 +76,9 @@ class KvFormat:
         if spec.startswith("k") and "v" in spec:
             a, _, b = spec[1:].partition("v")
             k, v = _SHORT.get(a, a), _SHORT.get(b, b)
-        v = v or k
-        if k not in NAMES or v not in NAMES or spec.endswith("/"):
+        elif "/" not in spec:
+            v = k
+        if k not in NAMES or v not in NAMES:
             raise ValueError(f"{expected}, got {spec!r}")
         return cls(k, v)  # type: ignore[arg-type]  # just looked up
 

@@ -142,6 +142,7 @@ class PageList:
         """
         n = k.shape[2]
         if self.capacity - self.length < n:
+            self._settle()
             if not self.pages:
                 self._note(Kind.of(k, v))
             self._grow(n, k, v)
