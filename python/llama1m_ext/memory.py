@@ -13,24 +13,58 @@ MIN_CHUNK, MAX_CHUNK = 128, 8192
 
 def available_bytes() -> int | None:
     """Memory that can be had without swapping, or None where the system does not say."""
-    found = []
+    found = [_of_system(), *map(_of_cgroup, _CGROUPS), *_of_limits()]
+    return min((n for n in found if n is not None), default=None)
+
+
+def _of_system() -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
+                return int(line.split()[1]) * 1024
     except (OSError, ValueError):
-        try:
-            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        except (OSError, ValueError, AttributeError):
-            pass  # neither Linux nor a Unix that tells
+        pass  # not Linux
     try:
-        # A container's own limit, which /proc/meminfo does not know.
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        found.append(max(0, limit - used))
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None  # neither Linux nor a Unix that tells
+
+
+# A container's own limit, which /proc/meminfo does not know: (limit, used), in the second and in the first version.
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def _of_cgroup(files: tuple[str, str]) -> int | None:
+    try:
+        limit, used = (int(Path(file).read_text(encoding="ascii")) for file in files)
     except (OSError, ValueError):
-        pass  # no cgroup, or "max"
-    return min(found) if found else None
+        return None  # no cgroup, or "max"
+    try:
+        # Files' pages count as used, and are given up when memory is wanted: those of an offloaded cache, for one.
+        lines = Path(files[1]).with_name("memory.stat").read_text(encoding="ascii").splitlines()
+        used -= sum(int(n) for name, n in map(str.split, lines) if name in ("inactive_file", "active_file"))
+    except (OSError, ValueError):
+        pass
+    return max(0, limit - used)
+
+
+def _of_limits() -> list[int]:
+    """What `ulimit -v` and `ulimit -d` leave."""
+    try:
+        import resource
+
+        fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+        found = []
+        for what, pages in ((resource.RLIMIT_AS, fields[0]), (resource.RLIMIT_DATA, fields[5])):
+            limit = resource.getrlimit(what)[0]
+            if limit != resource.RLIM_INFINITY:
+                found.append(max(0, limit - int(pages) * resource.getpagesize()))
+        return found
+    except (ImportError, OSError, ValueError, IndexError):
+        return []  # not Linux
 
 
 def chunk_len(config: Any, batch: int, element_size: int) -> int:
