@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .formats import KvFormat
 from .pages import PagedLayer, PageSize
+from .tokens import Seen
 
 __all__ = ["LongCache", "PagedLayer", "paged_layers"]
 
@@ -45,6 +46,7 @@ class LongCache(DynamicCache):
         kv: str | KvFormat | None = None,
     ) -> None:
         super().__init__(config=config)
+        self._seen = Seen()
         self.page_size = page_size
         self.kv = kv.name if isinstance(kv, KvFormat) else kv
         fixed = None if self.kv is None or self.kv == "auto" else KvFormat.parse(self.kv)
@@ -68,6 +70,30 @@ class LongCache(DynamicCache):
         return self._fixed or found
 
     @property
+    def tokens(self) -> Tensor | None:
+        """The ids of the tokens that are in it, int64 `[batch, length]`; None where they are not known: of embeddings,
+        of padded rows or positions of one's own, and of keys and values that somebody else wrote."""
+        return self._seen.ids if self._seen.length == self.get_seq_length() else None
+
+    @tokens.setter
+    def tokens(self, ids: Tensor | None) -> None:
+        self._seen = Seen()
+        if ids is not None:
+            if ids.dim() != 2 or ids.shape[1] != self.get_seq_length():
+                raise ValueError(
+                    f"tokens: expected ids [batch, {self.get_seq_length()}], as many as there are keys, got shape "
+                    f"{tuple(ids.shape)}"
+                )
+            self._seen.append(ids, 0)
+
+    def _note(self, ids: Tensor | None, at: int) -> None:
+        """The tokens from `at` on are these, `[batch, n]`; None: it is not known which."""
+        if ids is None:
+            self._seen.truncate(0)
+        else:
+            self._seen.append(ids, at)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory that the pages take, room for more tokens included."""
         return sum(layer.nbytes for layer in self.layers)
@@ -77,8 +103,29 @@ class LongCache(DynamicCache):
         return f"LongCache({self.get_seq_length()} tokens, {len(self.layers)} layers, {name}, {self.nbytes} bytes)"
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self._seen.truncate(0)  # nobody says which tokens these are
         self._fill(layer_idx + 1)
         return self.layers[layer_idx].update(key_states, value_states)
+
+    def reset(self) -> None:
+        super().reset()
+        self._seen.truncate(0)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        self._seen.truncate(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._seen.take_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._seen.repeat_rows(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._seen.take_rows(indices)
 
 
 def paged_layers(cache: Any, n_layers: int, page_size: PageSize) -> list[PagedLayer] | str:

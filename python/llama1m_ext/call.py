@@ -105,6 +105,15 @@ class Call:
         decide_format(self)
         self.rope = Rope(self.model.rotary_emb, embeds, self.position_ids, self.layers[0].self_attn.head_dim)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is padded, and positions are what they are by default: then keys and values are those of the
+        tokens alone."""
+        ids, past = self.position_ids, self.past_len
+        if self.intervals is not ALL or int(ids[0, 0]) != past:
+            return False
+        return self.q_len == 1 == len(ids) or bool((ids == torch.arange(past, past + self.q_len)).all())
+
     def matrix(self, device: torch.device) -> Tensor | None:
         """The mask as a matrix, for a layer that must take the stock path after all."""
         return self.intervals.matrix(self.q_len, self.past_len + self.q_len, self.past_len, device)

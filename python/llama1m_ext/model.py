@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from . import _compat, patch
+from .cache import LongCache
 from .call import KEEP, MARK, Call, NotServed, check_matrix_fits, is_ours, open_call
 from .prefill import is_long, layer_major
 from .stats import count
@@ -106,7 +107,9 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
         hidden = model.norm(hidden)
         if want_all:
             states = (*seen[:-1], hidden)
-    count(model, served=call.served)
+    count(model, served=call.served, computed=call.batch * call.q_len)
+    if isinstance(call.cache, LongCache):
+        call.cache._note(ids if call.is_plain else None, call.past_len)
     result = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=call.cache, hidden_states=states)
     as_dict = given.get("return_dict")
     as_dict = getattr(config, "return_dict", True) if as_dict is None else as_dict

@@ -9,6 +9,7 @@ from typing import Any
 from .options import llama_models
 
 ATTRIBUTE = "_llama1m_stats"
+_SUMS = ("served", "layer_major", "computed", "reused")
 _lock = threading.Lock()
 
 
@@ -20,11 +21,15 @@ class Stats:
         served: attention calls that our kernel computed (a chunk of a layer-major prefill is one call).
         stock: attention calls that transformers' own code computed, by the reason why.
         layer_major: prefills that ran one layer after the other.
+        computed: tokens that went through the model on our path, of all batch rows.
+        reused: tokens whose keys and values were taken from a prompt that was remembered.
     """
 
     served: int = 0
     stock: dict[str, int] = field(default_factory=dict)
     layer_major: int = 0
+    computed: int = 0
+    reused: int = 0
 
 
 def stats(model: Any, *, reset: bool = False) -> Stats:
@@ -36,28 +41,33 @@ def stats(model: Any, *, reset: bool = False) -> Stats:
         model: a Llama of transformers, or something that holds one.
         reset: start again from zero after reading.
     """
-    served, layer_major, stock = 0, 0, dict[str, int]()
+    total, stock = dict.fromkeys(_SUMS, 0), dict[str, int]()
     with _lock:
         for inner in llama_models(model):
             counts = inner.__dict__.get(ATTRIBUTE)
             if counts is None:
                 continue
-            served += counts["served"]
-            layer_major += counts["layer_major"]
+            for name in _SUMS:
+                total[name] += counts.get(name, 0)
             for reason, n in counts["stock"].items():
                 stock[reason] = stock.get(reason, 0) + n
             if reset:
                 del inner.__dict__[ATTRIBUTE]
-    return Stats(served, stock, layer_major)
+    return Stats(stock=stock, **total)
 
 
-def count(llama_model: Any, *, served: int = 0, layer_major: int = 0, stock: str | None = None, calls: int = 0) -> bool:
-    """Adds to a model's counts. True if this is the first time that its stock path is taken for this reason."""
+def count(llama_model: Any, *, stock: str | None = None, calls: int = 0, **more: int) -> bool:
+    """Adds to a model's counts. True if this is the first time that its stock path is taken for this reason.
+
+    Args:
+        stock, calls: a reason, and how many attention calls took the stock path for it.
+        more: what to add to the other counts of `Stats`, by name.
+    """
     with _lock:
         # Builtins on the model: they are copied and pickled with it, and need no package to be loaded.
-        counts = llama_model.__dict__.setdefault(ATTRIBUTE, {"served": 0, "layer_major": 0, "stock": {}})
-        counts["served"] += served
-        counts["layer_major"] += layer_major
+        counts = llama_model.__dict__.setdefault(ATTRIBUTE, {**dict.fromkeys(_SUMS, 0), "stock": {}})
+        for name, n in more.items():
+            counts[name] = counts.get(name, 0) + n
         if stock is None:
             return False
         first = stock not in counts["stock"]
