@@ -38,6 +38,7 @@ class PagedLayer(SealedList, DynamicLayer):
         # Keys and values that foreign code has set one after the other, and that don't fit each other yet.
         self._apart: tuple[Tensor | None, Tensor | None] | None = None
         self.is_initialized = False
+        self._asked = kv
         super().__init__(page_size, kv, **kwargs)
 
     @classmethod
@@ -192,9 +193,9 @@ class PagedLayer(SealedList, DynamicLayer):
         self.truncate(_compat.cropped_length(tokens, self.length))
 
     def reset(self) -> None:
-        """Forgets everything, memory included. The format stays."""
+        """Forgets everything, memory included, and a format that a model chose."""
         self._clear()
-        self.kind = None
+        self.kind, self.store, self._kv = None, None, self._asked
         self.is_initialized = False
 
     def offload(self) -> None:

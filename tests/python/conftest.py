@@ -42,3 +42,21 @@ def run_python() -> Callable[..., str]:
         return answer.stdout
 
     return run
+
+
+@pytest.fixture
+def nan_in_new_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of pages that nobody has written holds what must not be read: NaN, or codes that would show."""
+    import torch
+
+    from llama1m_ext import dense
+
+    make = dense.empty
+
+    def filled(*args):
+        made = make(*args)
+        for t in made if isinstance(made, tuple) else (made,):
+            t.view(torch.uint8).fill_(0x7F) if t.dtype.itemsize == 1 else t.fill_(float("nan"))
+        return made
+
+    monkeypatch.setattr(dense, "empty", filled)

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from llama1m_ext import LongCache, dense
+from llama1m_ext import LongCache
 from llama1m_ext.cache import PagedLayer, paged_layers
 
 CROP_TAKES_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 HEADS, HEAD_DIM = 2, 4
+pytestmark = pytest.mark.usefixtures("nan_in_new_pages")
 
 
 def new_tokens(batch: int, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,12 +26,6 @@ def new_tokens(batch: int, n: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
     # [batch, n, heads, head_dim] in memory, as projections give them
     k, v = (torch.randn(batch, n, HEADS, HEAD_DIM, generator=generator).transpose(1, 2) for _ in range(2))
     return k, v
-
-
-@pytest.fixture(autouse=True)
-def nan_in_new_pages(monkeypatch):
-    make = dense.empty
-    monkeypatch.setattr(dense, "empty", lambda *args: make(*args).fill_(float("nan")))
 
 
 def same(ours: PagedLayer, theirs: DynamicLayer) -> None:

@@ -206,11 +206,7 @@ def test_inference_mode_then_no_grad(model):
     assert torch.equal(again, theirs)
 
 
-def test_unwritten_memory_of_pages_is_never_read(model, monkeypatch):
-    from llama1m_ext import dense
-
-    make = dense.empty
-    monkeypatch.setattr(dense, "empty", lambda *args: make(*args).fill_(float("nan")))
+def test_unwritten_memory_of_pages_is_never_read(model, nan_in_new_pages):
     ids, mask = left_padded([45, 20])
     for options, beams in (({"page_size": 9}, 2), ({"page_size": 64, "chunk": 10}, 1), ({"page_size": "auto"}, 1)):
         llama1m_ext.set_options(model, **options)

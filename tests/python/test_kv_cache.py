@@ -8,76 +8,28 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 import llama1m_ext
 from conftest import stock
-from llama1m_ext import LongCache, dense, offload, ops, testing
-from llama1m_ext.cache import PagedLayer
-from llama1m_ext.formats import KvFormat, Page, name_of
+from llama1m_ext import LongCache, dense, ops, testing
+from llama1m_ext.formats import KvFormat, name_of
+from rounded import (
+    FORMATS,
+    KEPT,
+    PARAMS,
+    SINK,
+    STEPS,
+    TAIL,
+    as_kept,
+    copies,
+    rounded_cache,
+    same_bits,
+    tensors,
+)
 
-FORMATS = ["int8", "fp8", "int4", "int8/int4", "model/int4", "int8/model"]
-SINK, KEPT, TAIL = 64, 64, 320
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 258}
-STEPS = {"int8": 1 / 510, "int4": 1 / 30, "fp8": 1 / 56, "model": 0.0}
-"""Largest rounding error of a code, as a part of its group's range: half a step of 255 or 15; 16 of 896 for e4m3."""
-PARAMS = 3 * 2**-11
-"""Likewise that of the scale and the offset in float16: the offset may be 1.5 times the range."""
-
-
-@pytest.fixture(autouse=True)
-def nan_in_new_pages(monkeypatch):
-    make = dense.empty
-
-    def filled(*args):
-        made = make(*args)
-        for t in made if isinstance(made, tuple) else (made,):
-            t.view(torch.uint8).fill_(0x7F) if t.dtype.itemsize == 1 else t.fill_(float("nan"))
-        return made
-
-    monkeypatch.setattr(dense, "empty", filled)
-
-
-class Rounded(DynamicLayer):
-    """Stock's layer with the rule of when tokens become compact, and their rounding by `testing`, in plain torch."""
-
-    kv = KvFormat("int8", "int8")
-    sealed = 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        found = super().update(key_states, value_states)
-        self.keys, self.values = (x.clone() for x in found)
-        length = self.keys.shape[2]
-        start = self.sealed
-        sink = max(0, SINK - start)
-        if length - start >= TAIL + sink:
-            a = start + sink
-            b = a + (length - a - KEPT) // 64 * 64
-            for x, name, which in ((self.keys, self.kv.k, "k"), (self.values, self.kv.v, "v")):
-                if name != "model":
-                    x[:, :, a:b] = as_kept(x[:, :, a:b], name, which).to(x.dtype)
-            self.sealed = b
-        return found
-
-    def crop(self, tokens):
-        super().crop(tokens)
-        length = self.get_seq_length()
-        self.sealed = 0 if length <= SINK else min(self.sealed, length)
-
-
-def as_kept(x, name, which):
-    return testing.dense_reference(testing.compact_reference(x, name, which), which, x.shape[3])
-
-
-def rounded_cache(model, kv: str) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    cache.layers = [Rounded() for _ in cache.layers]
-    for layer in cache.layers:
-        layer.kv = KvFormat.parse(kv)
-    return cache
+pytestmark = pytest.mark.usefixtures("nan_in_new_pages")
 
 
 @pytest.fixture
@@ -307,181 +259,6 @@ def test_memory(kv):
     assert sum(alive.values()) == cache.nbytes, "a page keeps memory that is not its own"
 
 
-# -- one layer -------------------------------------------------------------------------------------------------------------
-
-HEADS = 2
-
-
-def new_tokens(batch: int, n: int, seed: int, head_dim: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    k, v = (torch.randn(batch, n, HEADS, head_dim, generator=generator).transpose(1, 2) for _ in range(2))
-    return k.clamp(-4, 4), v.clamp(-4, 4)
-
-
-def tensors(layer) -> list[torch.Tensor]:
-    return [t for page in layer._used(layer.length) for t in dense.loaded(page).tensors().values()]
-
-
-def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(
-        x.shape == y.shape and torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True)
-    )
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
-
-
-def copies(layer) -> list[torch.Tensor]:
-    return [t.clone() for t in tensors(layer)]
-
-
-def check(layer, keys, values) -> None:
-    """The pages are as they should be, and hold the tokens up to rounding."""
-    assert layer.length == keys.shape[2] and layer.capacity == sum(p.size for p in layer.pages) >= layer.length
-    assert all(p.size > 0 for p in layer.pages)
-    at = 0
-    for page in layer.pages:
-        assert at < layer.length
-        at += page.size
-        if at > layer.length:
-            assert page is layer.pages[-1] and dense.is_dense(page)
-    for name, ours, truth in ((layer.format.k, layer.keys, keys), (layer.format.v, layer.values, values)):
-        worst = 8.0 * (STEPS[name] + PARAMS * (name != "model"))
-        assert (ours - truth).abs().max() <= worst
-        assert torch.equal(ours[:, :, : min(SINK, layer.length)], truth[:, :, : min(SINK, layer.length)])
-    q = torch.randn(keys.shape[0], 4, 1, keys.shape[3], generator=torch.Generator().manual_seed(0))
-    k, v = layer.dense()
-    torch.testing.assert_close(offload.attention(q, layer), ops.attention(q, k, v), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("kv", ["int8", "int4", "model/fp8"])
-@pytest.mark.parametrize("page_size", ["auto", 100])
-def test_crop_anywhere_then_append(kv, page_size):
-    keys, values = new_tokens(2, 1200, 0, 80)
-    for length in [0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 256, 300, 575, 576, 577, 640, 700, 1151, 1152, 1153]:
-        layer = PagedLayer(page_size, KvFormat.parse(kv))
-        layer.update(keys, values)
-        layer.truncate(length)
-        k, v = keys[:, :, :length], values[:, :, :length]
-        for step, n in enumerate((1, 62, 1, 1, 200, 320, 400)):
-            more = new_tokens(2, n, 1 + step, 80)
-            layer.update(*more)
-            k, v = torch.cat([k, more[0]], 2), torch.cat([v, more[1]], 2)
-        check(layer, k, v)
-        # Growing costs no page for each step, however it was cropped.
-        assert len(layer.pages) <= 6 + (0 if page_size == "auto" else layer.length // 128)
-
-
-operations = st.lists(
-    st.one_of(
-        st.tuples(st.just("update"), st.integers(1, 500)),
-        st.tuples(st.just("update"), st.integers(1, 5)),
-        st.tuples(st.just("expected"), st.integers(1, 700)),
-        st.tuples(st.just("truncate"), st.integers(1, 400)),
-        st.tuples(st.just("truncate"), st.integers(1, 3)),
-        st.tuples(st.just("reorder"), st.integers(0, 1000)),
-        st.tuples(st.just("repeat"), st.just(2)),
-        st.tuples(st.just("select"), st.integers(0, 1000)),
-        st.tuples(st.just("deepcopy"), st.just(0)),
-        st.tuples(st.just("pickle"), st.just(0)),
-        st.tuples(st.just("hold"), st.integers(0, 1)),
-        st.tuples(st.just("share"), st.integers(0, 1000)),
-        st.tuples(st.just("of_pages"), st.integers(0, 1000)),
-        st.tuples(st.just("retried"), st.integers(1, 500)),
-        st.tuples(st.just("set"), st.just(0)),
-    ),
-    max_size=12,
-)
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    kv=st.sampled_from(FORMATS),
-    page_size=st.sampled_from(["auto", 1, 64, 150]),
-    todo=operations,
-    batch=st.integers(1, 2),
-    head_dim=st.sampled_from([16, 80]),
-)
-def test_any_sequence_of_operations(kv, page_size, todo, batch, head_dim):
-    layer = PagedLayer(page_size, KvFormat.parse(kv))
-    keys, values = new_tokens(batch, 400, 99, head_dim)
-    layer.update(keys, values)
-    held: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
-    scratch = dense.Scratch()
-    for step, (what, n) in enumerate(todo):
-        if what in ("update", "expected", "retried"):
-            k, v = new_tokens(batch, n, step, head_dim)
-            if what == "retried":
-                before, snapshot = copies(layer), layer.snapshot()
-                layer.expect(layer.length + n, scratch)
-                layer.append(*new_tokens(batch, n // 2 + 1, 50 + step, head_dim))
-                if n % 2:
-                    layer.seal()
-                layer.restore(snapshot)
-                assert same_bits(tensors(layer), before)
-            if what != "update":  # in chunks, as a prefill does it
-                layer.expect(layer.length + n, scratch)
-                for a in range(0, n, 150):
-                    layer.append(k[:, :, a : a + 150], v[:, :, a : a + 150])
-                layer.seal()
-            else:
-                layer.update(k, v)
-            keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
-        elif what == "truncate":
-            n = max(1, layer.length - n)
-            layer.truncate(n)
-            keys, values = keys[:, :, :n], values[:, :, :n]
-        elif what in ("reorder", "repeat", "select"):
-            if what == "repeat" and batch <= 2:
-                rows = torch.arange(batch).repeat_interleave(n)
-                layer.batch_repeat_interleave(n)
-            elif what == "reorder":
-                rows = torch.randint(0, batch, (batch,), generator=torch.Generator().manual_seed(n))
-                layer.reorder_cache(rows)
-            else:
-                rows = torch.randint(0, batch, (1 + n % 3,), generator=torch.Generator().manual_seed(n))
-                layer.batch_select_indices(rows)
-            if what == "reorder":
-                held = [h for h in held if h[0] is not None]
-            keys, values, batch = keys[rows], values[rows], len(rows)
-        elif what == "deepcopy":
-            left, layer = layer, copy.deepcopy(layer)
-            left.reset()
-        elif what == "pickle":
-            layer = pickle.loads(pickle.dumps(layer))
-        elif what == "hold":
-            found = [layer.keys, layer.values]
-            held.append((found, [x.clone() for x in found]))
-        elif what in ("share", "of_pages"):
-            n %= layer.length + 1
-            shared = layer.share(n)
-            assert sum(p.size for p in shared) == n
-            found = [t for p in shared for t in p.tensors().values()]
-            held.append((found, [t.clone() for t in found]))
-            if what == "of_pages" and n:
-                layer = PagedLayer.of_pages(shared, n, layer.format, page_size, layer.kind)
-                keys, values = keys[:, :, :n], values[:, :, :n]
-        elif what == "set":
-            layer.keys, layer.values = layer.keys, layer.values
-            keys, values = layer.keys.clone(), layer.values.clone()
-        if layer.length:
-            check(layer, keys, values)
-    for found, then in held:
-        assert same_bits(found, then), "what was handed out changed under its holder"
-
-
-def test_pages_are_few_when_tokens_come_one_by_one():
-    layer = PagedLayer("auto", KvFormat("int8", "int8"))
-    layer.update(*new_tokens(1, 5000, 0))
-    k, v = new_tokens(1, 1, 1)
-    for _ in range(3000):
-        layer.append(k, v)
-        layer.seal()
-    assert len(layer.pages) <= 8
-    assert layer.nbytes < 1.2 * 8000 * layer.format.token_bytes(HEADS, 16, 4) + 2 * TAIL * 2 * HEADS * 16 * 4
-
-
 def test_scratch_is_one_for_all_layers(model):
     llama1m_ext.set_options(model, chunk=100, kv="int8")
     made = []
@@ -569,22 +346,6 @@ def test_what_foreign_code_sets_is_kept_until_the_next_seal(model):
     assert [name_of(p.k) for p in layer.pages] == ["model", "int8", "model"]
 
 
-def test_gradients_through_a_compact_layer():
-    layer = PagedLayer("auto", KvFormat("int8", "int8"))
-    layer.update(*new_tokens(1, 500, 0))
-    k, v = (x.requires_grad_() for x in new_tokens(1, 3, 1))
-    keys, values = layer.update(k, v)
-    (keys.sum() + values.sum()).backward()
-    assert torch.equal(k.grad, torch.ones_like(k)) and torch.equal(v.grad, torch.ones_like(v))
-    assert layer.length == 503
-
-
-def test_a_dtype_that_has_no_compact_form_stays_dense():
-    layer = PagedLayer("auto", KvFormat("int8", "int8"))
-    layer.update(*(x.double() for x in new_tokens(1, 1000, 0)))
-    assert all(dense.is_dense(p) for p in layer.pages)
-
-
 def test_what_a_cache_says_of_itself():
     model = testing.tiny_model(hidden_size=256)  # head_dim 64
     cache = LongCache()
@@ -610,18 +371,3 @@ def test_what_a_cache_says_of_itself():
 def test_formats_that_do_not_exist(kv, error):
     with pytest.raises(error, match="kv: expected"):
         LongCache(kv=kv)
-
-
-def test_pages_of_somebody_else_are_checked():
-    layer = PagedLayer("auto", KvFormat("int8", "int8"))
-    layer.update(*new_tokens(1, 500, 0))
-    with pytest.raises(ValueError, match="0 to 500"):
-        layer.share(501)
-    with pytest.raises(ValueError, match="tokens of the pages"):
-        PagedLayer.of_pages(layer.share(100), 101)
-    with pytest.raises(ValueError, match="compact"):
-        PagedLayer.of_pages(layer.share(500)[1:2], 64)
-    with pytest.raises(ValueError, match="settled"):
-        layer.replace(len(layer.pages) - 1, Page(*new_tokens(1, 3, 0)))
-    with pytest.raises(ValueError, match="64 tokens"):
-        layer.replace(0, Page(*new_tokens(1, 3, 0)))
