@@ -26,6 +26,8 @@ class Stored(Protocol):
 
     def narrow(self, start: int, end: int) -> Stored: ...
 
+    def with_rows(self, rows: list[int]) -> Stored: ...
+
 
 class Kind(NamedTuple):
     """What all keys and values of a layer have in common."""

@@ -144,7 +144,7 @@ class Store:
         self.share = max(0, budget - BUFFERS * self.page_bytes - in_flight) // layers
         self.file = PageFile(folder, in_flight)
         self.stream = Stream()
-        self._last: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+        self._seen: weakref.WeakKeyDictionary[Any, tuple[weakref.ref[Any], int]] = weakref.WeakKeyDictionary()
 
     @property
     def traffic(self) -> Traffic:
@@ -183,8 +183,8 @@ class Store:
         pages, end = layer.pages, layer.settled
         if not end:
             return
-        last = self._last.get(layer)
-        if last is not None and last() is pages[end - 1]:
+        last, count = self._seen.get(layer, (None, 0))
+        if last is not None and last() is pages[end - 1] and count == len(pages):
             return  # nothing new: each decoded token comes here
         taken = sum(page.nbytes for page in pages[end:] if type(page) is Page)
         for i in range(end):
@@ -195,7 +195,7 @@ class Store:
                 taken += page.nbytes
             else:
                 layer.replace(i, self.file.put(page))
-        self._last[layer] = weakref.ref(layer.pages[end - 1])
+        self._seen[layer] = weakref.ref(layer.pages[end - 1]), len(layer.pages)
 
     def flush(self) -> None:
         """Waits until all pages are where they belong.

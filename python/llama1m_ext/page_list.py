@@ -301,7 +301,7 @@ class PageList:
                 for t in indexable(page, used):
                     t[moved] = t[[rows[j] for j in moved]]
             else:
-                self.pages[i] = with_rows(loaded(page), rows, used)
+                self.pages[i] = with_rows(page, rows, used) if isinstance(page, Page) else page.with_rows(rows)
                 if not is_dense(page):
                     self._open = None
             start += page.size

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .formats import Compact, Page, Side
+from .formats import GROUP, Compact, Page, Side
 
 ALIGN = 64
 """Tensors begin at a multiple of so many bytes: a line of the CPU's caches, and the longest vector."""
@@ -163,9 +163,11 @@ class _Record:
         self.room: Any = None  # keeps its room in a `PageFile` from being taken by another page
         self.end = max((span.offset + span.nbytes for span in spans.values()), default=0)
         self.nbytes = sum(-(-span.nbytes // ALIGN) * ALIGN for span in spans.values())
-        self.size, of_v = (spans[s if s in spans else f"{s}.codes"].shape[2] for s in "kv")
-        if of_v != self.size:
-            raise CacheDamaged(f"{source.name}: page: it has {self.size} tokens of k and {of_v} of v")
+        # Compact keys come in whole groups: values know how many tokens there are.
+        self.size = spans["v" if "v" in spans else "v.codes"].shape[2]
+        of_k, expected = (spans["k"], self.size) if "k" in spans else (spans["k.codes"], -(-self.size // GROUP))
+        if of_k.shape[2] != expected:
+            raise CacheDamaged(f"{source.name}: page: it has keys {of_k.shape} and values of {self.size} tokens")
 
     def load(self, buffer: Tensor | None) -> Page:
         source = self.source
@@ -213,6 +215,11 @@ def _typed(memory: Tensor, at: int, span: Span) -> Tensor:
     return flat.view(span.dtype).view(span.shape)
 
 
+def _with_rows(tensor: Tensor, rows: list[int]) -> Tensor:
+    # Not by its dtype: torch can't index all of them.
+    return tensor.view(torch.uint8)[rows].view(tensor.dtype)
+
+
 class StoredPage:
     """A page in a file. It never changes, so copies of it are itself; it pickles as the page in memory.
 
@@ -229,7 +236,7 @@ class StoredPage:
         CacheDamaged: spans that no page has.
     """
 
-    __slots__ = ("__weakref__", "_record", "size", "start")
+    __slots__ = ("__weakref__", "_record", "_rows", "size", "start")
 
     def __init__(
         self, source: PageSource, spans: Mapping[str, Span], checksums: Mapping[str, int] | None = None
@@ -247,6 +254,7 @@ class StoredPage:
                 raise CacheDamaged(f"{source.name}: page: expected {side}, or {sorted(parts)}; it has {sorted(spans)}")
         self._record = _Record(source, dict(spans), dict(checksums or {}))
         self.start, self.size = 0, self._record.size
+        self._rows: list[int] | None = None
 
     @property
     def source(self) -> PageSource:
@@ -260,8 +268,8 @@ class StoredPage:
 
     @property
     def at_hand(self) -> bool:
-        """Whether `load` reads nothing: the page is still in memory, or seen through a memory map."""
-        return self._record.page is not None or self._record.source.mapped
+        """Whether `load` takes no memory: the page is still there, or seen through a memory map."""
+        return self._rows is None and (self._record.page is not None or self._record.source.mapped)
 
     def load(self, buffer: Tensor | None = None) -> Page:
         """The page: views of a memory map, or read into memory.
@@ -278,14 +286,26 @@ class StoredPage:
         page = record.page
         if page is None:
             page = record.load(buffer)
-        return page if self.size == record.size else page.narrow(self.start, self.start + self.size)
+        if self.size != record.size:
+            page = page.narrow(self.start, self.start + self.size)
+        if self._rows is not None:
+            page = page_of({name: _with_rows(tensor, self._rows) for name, tensor in page.tensors().items()})
+        return page
 
     def narrow(self, start: int, end: int) -> StoredPage:
         """Tokens `start` to `end` of it; `start` a multiple of 64 where keys are compact. `load` still reads all of it."""
         if not 0 <= start <= end <= self.size:
             raise ValueError(f"start, end: expected 0 <= start <= end <= {self.size}, got {start} and {end}")
+        return self._part(self.start + start, end - start, self._rows)
+
+    def with_rows(self, rows: list[int]) -> StoredPage:
+        """It with these batch rows in the place of its own: `load` copies them, so that nothing is written anew when
+        beams change places."""
+        return self._part(self.start, self.size, rows if self._rows is None else [self._rows[row] for row in rows])
+
+    def _part(self, start: int, size: int, rows: list[int] | None) -> StoredPage:
         made = StoredPage.__new__(StoredPage)
-        made._record, made.start, made.size = self._record, self.start + start, end - start
+        made._record, made.start, made.size, made._rows = self._record, start, size, rows
         return made
 
     def __copy__(self) -> StoredPage:

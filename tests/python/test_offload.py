@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import json
 import os
 import pickle
 import threading
@@ -12,13 +13,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from llama1m_ext import offload, ops, pagefile, stored
+from llama1m_ext import LongCache, offload, ops, pagefile, set_options, stored
 from llama1m_ext.formats import GROUP, Compact, KvFormat, Page, empty
 from llama1m_ext.offload import Store, StoredPage
 from llama1m_ext.pagefile import PageFile
 from llama1m_ext.stored import CacheDamaged, PageSource, Span
-from llama1m_ext.testing import assert_no_worse, dense_reference, error
+from llama1m_ext.testing import assert_no_worse, dense_reference, error, random_ids, tiny_model
 
 HEAD_DIM = 32
 
@@ -331,7 +333,7 @@ def test_stored_pages_copy_and_pickle(file):
     assert type(unpickled) is Page and narrowed.size == 66
     for found, right in ((unpickled, page), (narrowed.load(), page.narrow(64, 130)), (kept.load(), page)):
         assert all(torch.equal(a, b) for a, b in zip(found.tensors().values(), right.tensors().values(), strict=True))
-    assert narrowed.narrow(64, 66).load().k.codes.shape[2] == 2
+    assert narrowed.narrow(64, 66).load().size == 2
     with pytest.raises(ValueError, match="expected 0 <= start <= end <= 66, got 1 and 67"):
         narrowed.narrow(1, 67)
 
@@ -368,7 +370,7 @@ def test_room_of_forgotten_pages_is_used_again(file):
         kept = pages[0].narrow(0, 64)  # a part of it keeps all of it
         del pages
     assert size <= 5 * 128 * 2 * 2 * 64 * 2
-    assert torch.equal(kept.load().k.codes, make_page("int8", 1, 2, 128, torch.float32, 0).k.codes[:, :, :64])
+    assert torch.equal(kept.load().v.codes, make_page("int8", 1, 2, 128, torch.float32, 0).v.codes[:, :, :64])
 
 
 def test_the_file_closes_itself(tmp_path):
@@ -629,3 +631,180 @@ def test_spans_that_make_no_sense(saved):
     for missing in spans:
         with pytest.raises(CacheDamaged, match=missing):
             StoredPage(source, {name: span for name, span in spans.items() if name != missing})
+
+
+# -- in a model -----------------------------------------------------------------------------------------------------------
+
+
+def offloaded(model, folder, kv: str = "model", kv_memory: int = 150_000) -> None:
+    set_options(model, kv=kv, offload="disk", kv_memory=kv_memory, offload_dir=str(folder))
+
+
+def generate(model, ids, n: int = 12, **more):
+    more = {"do_sample": False, "min_new_tokens": n, "max_new_tokens": n, **more}
+    return model.generate(ids, return_dict_in_generate=True, output_logits=True, **more)
+
+
+def in_file(cache) -> int:
+    return sum(type(page) is StoredPage for layer in cache.layers for page in layer.pages)
+
+
+@pytest.mark.parametrize("kv", ["model", "int8", "k8v4", "fp8"])
+@pytest.mark.parametrize("chunk", [64, 5000], ids=["layer by layer", "at once"])
+def test_generate_from_disk(tmp_path, kv, chunk):
+    model = tiny_model()
+    ids = random_ids(2, 900)
+    mask = torch.ones_like(ids)
+    mask[1, :130] = 0
+    set_options(model, kv=kv, offload=None, chunk=chunk, min_layer_major_len=chunk)
+    right = generate(model, ids, attention_mask=mask)
+    offloaded(model, tmp_path, kv)
+    cache = LongCache()
+    found = generate(model, ids, attention_mask=mask, past_key_values=cache)
+    assert torch.equal(found.sequences, right.sequences)
+    theirs, ours = torch.stack(right.logits), torch.stack(found.logits)
+    # Which keys are compact is the same, whatever the pages' sizes: only merges differ.
+    assert error(ours, theirs) < 1e-5 * theirs.std()
+    store = cache.layers[0].store
+    assert all(layer.store is store for layer in cache.layers)
+    assert in_file(cache) > 6 and store.traffic.pages >= 11 * in_file(cache) / 2
+    if kv == "model":
+        with torch.no_grad():
+            truth = tiny_model(dtype=torch.float64)(
+                found.sequences, attention_mask=F.pad(mask, (0, 12), value=1)
+            ).logits
+        truth = truth[:, 899:-1].transpose(0, 1)
+        assert_no_worse(ours, theirs, truth, 1.1)
+    assert not os.listdir(tmp_path)
+
+
+def test_memory_stays_within_the_budget(tmp_path):
+    model = tiny_model(num_hidden_layers=4)
+    offloaded(model, tmp_path, kv_memory=300_000)
+    cache = LongCache()
+    generate(model, random_ids(1, 3000), past_key_values=cache)
+    whole = 4 * 3012 * 2 * 2 * 16 * 4
+    store = cache.layers[0].store
+    store.flush()
+    assert whole > 5 * 300_000
+    assert 50_000 < cache.nbytes + store.stream.nbytes + store.file.in_flight <= 300_000
+
+
+def test_what_is_done_with_caches_works_from_disk(tmp_path):
+    """Cropped, gone on with, copied, pickled, reordered, as dense tensors: as in memory."""
+    model = tiny_model()
+    ids = random_ids(2, 700)
+    caches = []
+    for on_disk in (False, True):
+        set_options(model, kv="model", offload=None, chunk=128, min_layer_major_len=200)
+        if on_disk:
+            offloaded(model, tmp_path, kv_memory=100_000)
+        cache = LongCache()
+        seen = []
+        with torch.no_grad():
+            for begin, end in ((0, 500), (500, 700)):  # a long prompt, and another one onto stored history
+                out = model(ids[:, begin:end], past_key_values=cache, logits_to_keep=5)
+                seen.append(out.logits)
+            for length in (650, 300, 64, 50, 1):
+                cache.crop(length - cache.get_seq_length())
+                seen.append(model(ids[:, length : length + 30], past_key_values=cache).logits)
+            cache.crop(0) if cache.get_seq_length() == 0 else cache.crop(-cache.get_seq_length())
+            seen.append(model(ids, past_key_values=cache, logits_to_keep=2).logits)
+            for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache):
+                other.reorder_cache(torch.tensor([1, 0]))
+                seen.append(model(ids[:, :9], past_key_values=other).logits)
+                seen.append(other.layers[1].keys.clone())
+                seen.append(other.layers[0].values.clone())
+            cache.batch_repeat_interleave(2)
+            seen.append(model(ids.repeat_interleave(2, 0)[:, :70], past_key_values=cache, logits_to_keep=3).logits)
+        caches.append((cache, seen))
+    (memory, right), (disk, found) = caches
+    assert in_file(memory) == 0 and in_file(disk) > 0
+    for i, (a, b) in enumerate(zip(found, right, strict=True)):
+        assert a.shape == b.shape and error(a, b) < 1e-5 * b.std(), i
+
+
+@pytest.mark.parametrize("more", [{"num_beams": 3}, {"prefill_chunk_size": 300}], ids=str)
+def test_beams_and_chunks_from_disk(tmp_path, more):
+    model = tiny_model()
+    ids = random_ids(1, 800)
+    set_options(model, kv="int8", offload=None)
+    right = generate(model, ids, **more)
+    offloaded(model, tmp_path, "int8", 60_000)
+    cache = LongCache()
+    found = generate(model, ids, past_key_values=cache, **more)
+    assert in_file(cache) > 0
+    assert torch.equal(found.sequences, right.sequences)
+
+
+def test_a_full_disk_leaves_the_cache_as_it_was(tmp_path, monkeypatch):
+    model = tiny_model()
+    ids = random_ids(1, 1500)
+    offloaded(model, tmp_path, kv_memory=80_000)
+    cache = LongCache()
+    right = generate(model, ids, 5)
+    with torch.no_grad():
+        model(ids[:, :700], past_key_values=cache)
+        write, room = os.pwrite, [100_000]
+
+        def full(fd, view, at):
+            room[0] -= len(view)
+            if room[0] < 0:
+                raise OSError(28, os.strerror(28))
+            return write(fd, view, at)
+
+        monkeypatch.setattr(pagefile.os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left on device: offload_dir: ") as e:
+            model(ids[:, 700:], past_key_values=cache)
+        assert e.value.filename == str(tmp_path)
+        assert {layer.length for layer in cache.layers} == {700}
+        monkeypatch.undo()
+    found = generate(model, ids, 5, past_key_values=cache)
+    assert torch.equal(found.sequences, right.sequences)
+
+
+LIMITED = """
+import gc, json, os, resource
+import torch
+from llama1m_ext import LongCache, set_options
+from llama1m_ext.testing import random_ids, tiny_model
+
+torch.set_num_threads(1)
+asked = json.loads(os.environ["ASKED"])
+model = tiny_model(**asked["shape"])
+set_options(model, kv=asked["kv"], chunk=256, progress=False, min_layer_major_len=300, offload="disk", kv_memory=1 << 20)
+model.generate(random_ids(1, 600), max_new_tokens=3, do_sample=False)  # threads, and what torch does once
+set_options(model, offload=asked["offload"], kv_memory=16 << 20)
+gc.collect()
+there = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (there + asked["room"],) * 2)
+try:
+    out = model.generate(random_ids(1, asked["tokens"], 1), min_new_tokens=8, max_new_tokens=8, do_sample=False,
+                         past_key_values=LongCache(), return_dict_in_generate=True, output_logits=True)
+except Exception as e:
+    print(json.dumps({"error": f"{type(e).__name__}: {e}"}))
+else:
+    print(json.dumps({"logits": torch.stack(out.logits).tolist()}))
+"""
+
+
+@pytest.mark.parametrize(
+    "kv, layers, tokens, room",
+    [("model", 32, 2048, 32), pytest.param("int8", 40, 6144, 48, marks=pytest.mark.slow)],
+)
+def test_a_cache_larger_than_a_hard_limit(run_python, tmp_path, kv, layers, tokens, room):
+    """A process gets `room` MiB of address space beyond what it has: too little for the cache, but it works from disk."""
+    shape = {"num_hidden_layers": layers, "hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 4}
+    model = tiny_model(**shape)
+    set_options(model, kv=kv, chunk=256, progress=False, min_layer_major_len=300, offload=None)
+    cache = LongCache()
+    right = torch.stack(generate(model, random_ids(1, tokens, 1), 8, past_key_values=cache).logits)
+    assert cache.nbytes > 3 * (room << 20)
+
+    def run(offload: str | None) -> dict:
+        asked = {"shape": shape, "kv": kv, "offload": offload, "tokens": tokens, "room": room << 20}
+        return json.loads(run_python(LIMITED, ASKED=json.dumps(asked), TMPDIR=str(tmp_path)).splitlines()[-1])
+
+    ours = torch.tensor(run("disk")["logits"])
+    assert error(ours, right) < 1e-5 * right.std()
+    assert "memory" in run(None)["error"]
