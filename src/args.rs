@@ -61,18 +61,27 @@ impl Side<'_> {
                 ptr: t.row(b, h, i),
                 stride: t.row_bytes(),
                 codes: None,
+                first: 0,
                 params: std::ptr::null(),
                 params_stride: 0,
             },
-            Self::Compact(c) => Rows {
-                ptr: c.rows.row(b, h, i),
-                stride: c.rows.row_bytes(),
-                codes: Some(c.codes),
-                params: match c.axis {
-                    Axis::Channel => c.params.row(b, h, i / GROUP).cast(),
-                    Axis::Token => c.params.row(b, h, 0).cast::<u16>().wrapping_add(i),
+            Self::Compact(c) => match c.axis {
+                Axis::Channel => Rows {
+                    ptr: c.rows.row(b, h, i / GROUP),
+                    stride: c.rows.row_bytes(),
+                    codes: Some(c.codes),
+                    first: i % GROUP,
+                    params: c.params.row(b, h, i / GROUP).cast(),
+                    params_stride: 0,
                 },
-                params_stride: c.params.row_bytes(),
+                Axis::Token => Rows {
+                    ptr: c.rows.row(b, h, i),
+                    stride: c.rows.row_bytes(),
+                    codes: Some(c.codes),
+                    first: 0,
+                    params: c.params.row(b, h, 0).cast::<u16>().wrapping_add(i),
+                    params_stride: c.params.row_bytes(),
+                },
             },
         }
     }
@@ -92,14 +101,16 @@ pub struct KvRef<'a> {
 /// Rows of k or of v, a fixed stride apart.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows {
-    /// First row.
+    /// First row; of compact k the group of 64 tokens that all rows belong to.
     pub ptr: *const u8,
-    /// Bytes between rows.
+    /// Bytes between rows; of compact k between groups.
     pub stride: usize,
     /// What the rows are; None: dense.
     pub codes: Option<Codes>,
-    /// float16. k: the scales of the group of tokens that the rows belong to, then its offsets (`width` each).
-    /// v: scales of the first 64 channels, from the first row's token on.
+    /// Of compact k: which token of the group the first row is.
+    pub first: usize,
+    /// float16. k: the group's scales, then its offsets (`width` each). v: scales of the first 64 channels, from the first
+    /// row's token on.
     pub params: *const u16,
     /// Bytes from the params of 64 channels of v to those of the next 64; after all scales come all offsets.
     pub params_stride: usize,
@@ -165,7 +176,9 @@ impl<'a> KvRef<'a> {
                     format!("{ks:?}"),
                 ));
             }
-            if ks[..3] != vs[..3] || !wide(vp) {
+            // Compact keys come in whole groups: how many tokens a page has, its values say.
+            let tokens = if kp.dtype().is_none() { vs[2].next_multiple_of(GROUP) } else { vs[2] };
+            if [vs[0], vs[1], tokens] != ks[..3] || !wide(vp) {
                 return Err(Error::value(v_name(), format!("the shape of k, {ks:?}"), format!("{vs:?}")));
             }
             for (s, axis, name) in [(kp, Axis::Channel, "k"), (vp, Axis::Token, "v")] {
@@ -177,7 +190,7 @@ impl<'a> KvRef<'a> {
                 }
             }
             start.push(at);
-            at = at.checked_add(ks[2]).ok_or_else(|| Error::value("k", "fewer tokens", "more than 2^64"))?;
+            at = at.checked_add(vs[2]).ok_or_else(|| Error::value("k", "fewer tokens", "more than 2^64"))?;
         }
         start.push(at);
         if kv_len > at {

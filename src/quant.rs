@@ -18,25 +18,29 @@ pub fn width(head_dim: usize) -> usize {
     head_dim.next_multiple_of(GROUP)
 }
 
-/// What a code is.
+/// What a code is. Codes lie in units of 32 bits, of one token each: 4 channels in 8 bits, 8 in 4.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Codes {
     /// Signed bytes.
     Int8,
-    /// -8 to 7, two in a byte: byte i of a group of 64 channels has channel i in its low half, 32 + i in its high half,
-    /// each plus 8.
+    /// -8 to 7, plus 8. In a unit the even channels come before the odd ones: 0 2 4 6 1 3 5 7 from the lowest bit on.
     Int4,
     /// e4m3 without infinities (1 sign, 4 exponent, 3 mantissa bits).
     Fp8,
 }
 
 impl Codes {
+    /// Channels of a unit.
+    pub const fn fold(self) -> usize {
+        match self {
+            Self::Int4 => 8,
+            Self::Int8 | Self::Fp8 => 4,
+        }
+    }
+
     /// Bytes of `width` codes.
     pub const fn bytes(self, width: usize) -> usize {
-        match self {
-            Self::Int4 => width / 2,
-            Self::Int8 | Self::Fp8 => width,
-        }
+        width * 4 / self.fold()
     }
 
     /// The lowest code, and how far the highest is from it.
@@ -57,8 +61,23 @@ impl Codes {
         }
     }
 
-    /// The code of channel `c` in a row.
-    pub fn get(self, row: &[u8], c: usize) -> f32 {
+    /// The code of channel `c` of a key that is token `t` of its group: units `[width / fold][64 tokens]`.
+    pub fn key(self, group: &[u8], t: usize, c: usize) -> f32 {
+        let unit = &group[(c / self.fold() * GROUP + t) * 4..][..4];
+        let i = c % self.fold();
+        match self {
+            Self::Int8 => f32::from(unit[i] as i8),
+            Self::Fp8 => e4m3_to_f32(unit[i]),
+            Self::Int4 => {
+                let word = u32::from_le_bytes([unit[0], unit[1], unit[2], unit[3]]);
+                (word >> int4_shift(i) & 15) as f32 - 8.0
+            }
+        }
+    }
+
+    /// The code of channel `c` of a value's row: bytes in order; int4: in each 64 channels byte i has channel i in its low
+    /// half and 32 + i in its high half.
+    pub fn value(self, row: &[u8], c: usize) -> f32 {
         match self {
             Self::Int8 => f32::from(row[c] as i8),
             Self::Int4 => {
@@ -69,6 +88,13 @@ impl Codes {
             Self::Fp8 => e4m3_to_f32(row[c]),
         }
     }
+}
+
+/// Where channel `i` of a unit of 8 begins: a shift by 4 * (i / 2) brings an even channel and its odd neighbour to the
+/// low ends of the unit's two halves, which is what pairs of bf16 are looked up by.
+#[inline(always)]
+pub const fn int4_shift(i: usize) -> u32 {
+    (4 * (i / 2) + 16 * (i % 2)) as u32
 }
 
 /// Scale and offset, as float32 that are float16, for numbers from `least` to `most`.
@@ -106,25 +132,18 @@ pub fn f32_to_e4m3(x: f32) -> u8 {
     (code as u8) | ((x.to_bits() >> 24) as u8 & 0x80)
 }
 
-/// Whether scales belong to channels (k) or to tokens (v).
+/// Whether scales belong to channels (k) or to tokens (v), and how codes lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Axis {
-    /// Keys: each channel over [`GROUP`] tokens. params `[batch, kv_heads, groups of tokens, 2 * width]`.
+    /// Keys: each channel over [`GROUP`] tokens. Codes `[batch, kv_heads, groups, bytes of 64 tokens]`, channel by channel
+    /// within a group, so that a dot product needs no sum across lanes; params `[batch, kv_heads, groups, 2 * width]`.
     Channel,
-    /// Values: each token over [`GROUP`] channels. params `[batch, kv_heads, 2 * width / GROUP, tokens]`.
+    /// Values: each token over [`GROUP`] channels. Codes `[batch, kv_heads, tokens, bytes of a token]`; params
+    /// `[batch, kv_heads, 2 * width / GROUP, tokens]`.
     Token,
 }
 
-impl Axis {
-    /// Shape of params for codes of this shape (`[batch, kv_heads, tokens, width]`).
-    pub fn params(self, [batch, heads, tokens, width]: [usize; 4]) -> [usize; 4] {
-        match self {
-            Self::Channel => [batch, heads, tokens.div_ceil(GROUP), 2 * width],
-            Self::Token => [batch, heads, 2 * width / GROUP, tokens],
-        }
-    }
-}
-
+/// `[batch, kv_heads, tokens, width]`; tokens in whole groups for keys.
 fn check(
     name: &str,
     codes: Codes,
@@ -133,21 +152,25 @@ fn check(
     params: [usize; 4],
     dtype: DType,
 ) -> Result<[usize; 4]> {
-    let [batch, heads, tokens, bytes] = rows;
-    let width = if codes == Codes::Int4 { bytes * 2 } else { bytes };
-    if width == 0 || !width.is_multiple_of(GROUP) || width > GROUP * 4 {
-        let want = format!("rows of 64, 128, 192 or 256 {} codes", codes.name());
+    let [batch, heads, len, bytes] = rows;
+    let each = if axis == Axis::Channel { GROUP } else { 1 };
+    let width = bytes / each * codes.fold() / 4;
+    if width == 0 || codes.bytes(width) * each != bytes || !width.is_multiple_of(GROUP) || width > GROUP * 4 {
+        let want = format!("rows of 64, 128, 192 or 256 {} codes of {each} tokens", codes.name());
         return Err(Error::value(name, want, format!("shape {rows:?}")));
     }
-    let shape = [batch, heads, tokens, width];
     if dtype != DType::F16 {
         return Err(Error::type_(format!("{name} params"), "float16", dtype.name()));
     }
-    if params != axis.params(shape) {
-        let want = format!("{:?} to go with codes {rows:?}", axis.params(shape));
+    let want = match axis {
+        Axis::Channel => [batch, heads, len, 2 * width],
+        Axis::Token => [batch, heads, 2 * width / GROUP, len],
+    };
+    if params != want {
+        let want = format!("{want:?} to go with codes {rows:?}");
         return Err(Error::value(format!("{name} params"), want, format!("{params:?}")));
     }
-    Ok(shape)
+    Ok([batch, heads, len * each, width])
 }
 
 /// Compact keys or values of a page, to read.
@@ -157,7 +180,7 @@ pub struct CompactRef<'a> {
     pub codes: Codes,
     /// Where scales belong.
     pub axis: Axis,
-    /// `[batch, kv_heads, tokens, Codes::bytes(width)]`.
+    /// See [`Axis`].
     pub rows: BytesRef<'a>,
     /// See [`Axis`].
     pub params: TensorRef<'a>,
@@ -174,7 +197,7 @@ impl<'a> CompactRef<'a> {
         Ok(Self { codes, axis, rows, params, shape })
     }
 
-    /// `[batch, kv_heads, tokens, width]`.
+    /// `[batch, kv_heads, tokens, width]`; of keys, tokens are whole groups.
     pub fn shape(&self) -> [usize; 4] {
         self.shape
     }
@@ -183,10 +206,16 @@ impl<'a> CompactRef<'a> {
     pub fn get(&self, b: usize, h: usize, i: usize, c: usize) -> f64 {
         let [_, _, tokens, width] = self.shape;
         assert!(i < tokens && c < width, "token {i}, channel {c} outside {:?}", self.shape);
-        let code = self.codes.get(self.rows.bytes(b, h, i), c);
-        let (scale, offset) = match self.axis {
-            Axis::Channel => (self.params.get(b, h, i / GROUP, c), self.params.get(b, h, i / GROUP, width + c)),
-            Axis::Token => (self.params.get(b, h, c / GROUP, i), self.params.get(b, h, width / GROUP + c / GROUP, i)),
+        let (code, scale, offset) = match self.axis {
+            Axis::Channel => {
+                let param = |c: usize| self.params.get(b, h, i / GROUP, c);
+                (self.codes.key(self.rows.bytes(b, h, i / GROUP), i % GROUP, c), param(c), param(width + c))
+            }
+            Axis::Token => {
+                let param = |g: usize| self.params.get(b, h, g, i);
+                let code = self.codes.value(self.rows.bytes(b, h, i), c);
+                (code, param(c / GROUP), param(width / GROUP + c / GROUP))
+            }
         };
         f64::from(scale) * f64::from(code) + f64::from(offset)
     }
@@ -199,7 +228,7 @@ pub struct CompactMut<'a> {
     pub codes: Codes,
     /// Where scales belong.
     pub axis: Axis,
-    /// `[batch, kv_heads, tokens, Codes::bytes(width)]`.
+    /// See [`Axis`].
     pub rows: BytesMut<'a>,
     /// See [`Axis`].
     pub params: TensorMut<'a>,
@@ -216,7 +245,7 @@ impl<'a> CompactMut<'a> {
         Ok(Self { codes, axis, rows, params, shape })
     }
 
-    /// `[batch, kv_heads, tokens, width]`.
+    /// `[batch, kv_heads, tokens, width]`; of keys, tokens are whole groups.
     pub fn shape(&self) -> [usize; 4] {
         self.shape
     }

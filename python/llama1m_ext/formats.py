@@ -24,26 +24,24 @@ _OF_DTYPE: dict[torch.dtype, Name] = {torch.int8: "int8", torch.uint8: "int4", t
 
 
 class Compact(NamedTuple):
-    """Codes of a page's K or V, and what they stand for.
+    """Codes of a page's K or V, and what they stand for. width = head_dim rounded up to 64.
+
+    Keys lie channel by channel within each 64 tokens, so that a dot product with 64 of them needs no sum across the lanes
+    of a vector; and they come in whole groups.
 
     Attributes:
-        codes: `[batch, kv_heads, tokens, width]`, width = head_dim rounded up to 64: int8, or float8_e4m3fn; for int4 uint8
-            with half the width: within each 64 channels byte i has channel i in its low half and channel 32 + i in its
-            high half, each plus 8.
+        codes: int8, uint8 (int4, two in a byte, each plus 8) or float8_e4m3fn.
+            K: `[batch, kv_heads, ceil(tokens / 64), 64 * row]`, row = width bytes, or half of that for int4. A group consists
+            of units of 4 bytes of one token, `[width / 4, 64 tokens]` with 4 channels in a unit; int4 `[width / 8, 64]` with
+            8 channels, 0 2 4 6 1 3 5 7 from the lowest bit on.
+            V: `[batch, kv_heads, tokens, row]`; int4: within each 64 channels byte i has channel i in its low half and
+            32 + i in its high half.
         params: float16. K: `[batch, kv_heads, ceil(tokens / 64), 2 * width]`, a group's scales, then its offsets.
             V: `[batch, kv_heads, 2 * width / 64, tokens]`, the scales of each 64 channels, then their offsets.
     """
 
     codes: Tensor
     params: Tensor
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Plain pickle can't load float8 tensors.
-        return _unpickled, (self.codes.view(torch.uint8), self.codes.dtype, self.params)
-
-
-def _unpickled(codes: Tensor, dtype: torch.dtype, params: Tensor) -> Compact:
-    return Compact(codes.view(dtype), params)
 
 
 Side = Tensor | Compact
@@ -108,9 +106,11 @@ def name_of(side: Side) -> Name:
     return _OF_DTYPE[side.codes.dtype] if isinstance(side, Compact) else "model"
 
 
-def tokens_of(side: Side) -> int:
-    """How many tokens a page has room for."""
-    return side.codes.shape[2] if isinstance(side, Compact) else side.shape[2]
+def tokens_of(side: Side, which: Literal["k", "v"]) -> int:
+    """How many tokens a page's K or V has room for; of compact keys, rounded up to whole groups."""
+    if not isinstance(side, Compact):
+        return side.shape[2]
+    return side.codes.shape[2] * (GROUP if which == "k" else 1)
 
 
 def empty(name: Name, which: Literal["k", "v"], shape: tuple[int, int, int, int], like: Tensor) -> Side:
@@ -126,10 +126,10 @@ def empty(name: Name, which: Literal["k", "v"], shape: tuple[int, int, int, int]
         if name == "model":
             return torch.empty(shape, dtype=like.dtype, device=like.device)
         wide = width(head_dim)
-        codes = torch.empty(
-            (batch, kv_heads, tokens, wide // 2 if name == "int4" else wide), dtype=_CODES[name], device=like.device
-        )
-        of_params = (-(-tokens // GROUP), 2 * wide) if which == "k" else (2 * wide // GROUP, tokens)
+        row, groups = wide // 2 if name == "int4" else wide, -(-tokens // GROUP)
+        of_codes = (groups, GROUP * row) if which == "k" else (tokens, row)
+        of_params = (groups, 2 * wide) if which == "k" else (2 * wide // GROUP, tokens)
+        codes = torch.empty((batch, kv_heads, *of_codes), dtype=_CODES[name], device=like.device)
         return Compact(codes, torch.empty((batch, kv_heads, *of_params), dtype=torch.float16, device=like.device))
 
 
@@ -137,12 +137,12 @@ def narrow(side: Side, which: Literal["k", "v"], start: int, end: int) -> Side:
     """A view of tokens `start` to `end` of a page; `start` a multiple of 64 for compact K."""
     if not isinstance(side, Compact):
         return side[:, :, start:end]
-    codes = side.codes[:, :, start:end]
     if which == "v":
-        return Compact(codes, side.params[..., start:end])
+        return Compact(side.codes[:, :, start:end], side.params[..., start:end])
     if start % GROUP:
         raise ValueError(f"start: expected a multiple of {GROUP} for compact keys, got {start}")
-    return Compact(codes, side.params[:, :, start // GROUP : -(-end // GROUP)])
+    groups = slice(start // GROUP, -(-end // GROUP))
+    return Compact(side.codes[:, :, groups], side.params[:, :, groups])
 
 
 def tensors_of(side: Side) -> tuple[Tensor, ...]:
@@ -165,7 +165,7 @@ class Page:
     @property
     def size(self) -> int:
         """Tokens that it has room for."""
-        return tokens_of(self.k)
+        return tokens_of(self.v, "v")
 
     @property
     def nbytes(self) -> int:

@@ -182,23 +182,49 @@ def compact_reference(x: Tensor, name: str, which: str) -> Compact:
         else:
             params[:, :, g], params[:, :, groups + g] = scale.squeeze(3), offset.squeeze(3)
     if name == "int4":
-        nibbles = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2, GROUP // 2))
-        return Compact((nibbles[..., 0, :] | nibbles[..., 1, :] << 4).flatten(-2), params)
-    return Compact(codes.to(torch.int8 if name == "int8" else torch.float8_e4m3fn), params)
+        codes = (codes + 8).to(torch.uint8)
+        if which == "v":
+            low, high = codes.unflatten(-1, (-1, 2, GROUP // 2)).unbind(-2)
+            return Compact((low | high << 4).flatten(-2), params)
+        # Units of 8 channels: 0 2 4 6 1 3 5 7 from the lowest bit on.
+        units = codes.unflatten(-1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]].unflatten(-1, (4, 2))
+        codes = (units[..., 0] | units[..., 1] << 4).flatten(-2)
+    else:
+        codes = codes.to(torch.int8 if name == "int8" else torch.float8_e4m3fn)
+    if which == "k":
+        codes = _turn(codes.view(torch.uint8), groups).view(codes.dtype)
+    return Compact(codes, params)
+
+
+def _turn(rows: Tensor, groups: int) -> Tensor:
+    """Keys' bytes `[batch, kv_heads, tokens, row]` as they lie in a page, `[batch, kv_heads, groups, 64 * row]`; tokens that
+    are missing from the last group are 0."""
+    batch, heads, tokens, row = rows.shape
+    whole = torch.zeros(batch, heads, groups * GROUP, row, dtype=rows.dtype)
+    whole[:, :, :tokens] = rows
+    return whole.view(batch, heads, groups, GROUP, row // 4, 4).transpose(3, 4).reshape(batch, heads, groups, GROUP * row)
 
 
 def dense_reference(side: Side, which: str, head_dim: int) -> Tensor:
-    """What a page's K or V stands for, `scale * code + offset`: float64 `[batch, kv_heads, tokens, head_dim]`."""
+    """What a page's K or V stands for, `scale * code + offset`: float64 `[batch, kv_heads, tokens, head_dim]`; of compact
+    keys, whole groups of tokens."""
     if not isinstance(side, Compact):
         return side.double()
-    codes, params = side.codes, side.params.double()
-    if name_of(side) == "int4":
+    codes, params, name = side.codes.view(torch.uint8), side.params.double(), name_of(side)
+    if which == "k":
+        batch, heads, groups, size = codes.shape
+        codes = codes.view(batch, heads, groups, size // GROUP // 4, GROUP, 4).transpose(3, 4)
+        codes = codes.reshape(batch, heads, groups * GROUP, size // GROUP)
+    if name != "int4":
+        values = codes.contiguous().view(side.codes.dtype).double()
+    elif which == "v":
         halves = codes.unflatten(-1, (-1, GROUP // 2))
         values = torch.stack([halves & 15, halves >> 4], -2).flatten(-3).double() - 8
     else:
-        values = codes.double()
+        halves = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).unflatten(-1, (-1, 8))
+        values = halves[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(-2).double() - 8
     if which == "k":
-        scale, offset = params.repeat_interleave(GROUP, 2)[:, :, : codes.shape[2]].chunk(2, -1)
+        scale, offset = params.repeat_interleave(GROUP, 2).chunk(2, -1)
     else:
         scale, offset = params.repeat_interleave(GROUP, 2).transpose(2, 3).chunk(2, -1)
     return (values * scale + offset)[..., :head_dim]

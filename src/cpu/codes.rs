@@ -5,21 +5,27 @@
 #![allow(clippy::needless_range_loop)] // channels are indices of several arrays
 
 use super::kernels::finish_row;
-use super::vector::{Dot, Float, Vector};
+use super::rowwise::Block;
+use super::vector::{Dot, Float, MAX_LANES, Vector};
 use crate::args::Rows;
 use crate::dtype::DType;
-use crate::quant::{Axis, Codes, GROUP, f32_to_e4m3, scale_offset};
+use crate::quant::{Axis, Codes, GROUP, f32_to_e4m3, int4_shift, scale_offset};
 
 /// Most channels of a row.
 pub const MAX_WIDTH: usize = 256;
 
 /// One kind of code.
-pub trait Code {
-    /// Bytes of 64 codes.
-    const BYTES: usize;
-    /// Channels `i * LANES ..` of the group of 64 at `p`.
-    #[allow(clippy::missing_safety_doc)]
-    unsafe fn load<V: Vector>(p: *const u8, i: usize) -> V;
+///
+/// # Safety
+/// As [`Vector`].
+#[allow(clippy::missing_safety_doc)]
+pub unsafe trait Code {
+    /// Which.
+    const CODES: Codes;
+    /// Channel `i` of LANES units of keys, one unit a token.
+    unsafe fn key<V: Vector>(p: *const u8, i: usize) -> V;
+    /// Channels `i * LANES ..` of the 64 at `p` of a value.
+    unsafe fn value<V: Vector>(p: *const u8, i: usize) -> V;
 }
 
 /// [`Codes::Int8`].
@@ -29,38 +35,50 @@ pub struct Int4;
 /// [`Codes::Fp8`].
 pub struct Fp8;
 
-impl Code for Int8 {
-    const BYTES: usize = GROUP;
+unsafe impl Code for Int8 {
+    const CODES: Codes = Codes::Int8;
     #[inline(always)]
-    unsafe fn load<V: Vector>(p: *const u8, i: usize) -> V {
+    unsafe fn key<V: Vector>(p: *const u8, i: usize) -> V {
+        V::unit_i8(p, i)
+    }
+    #[inline(always)]
+    unsafe fn value<V: Vector>(p: *const u8, i: usize) -> V {
         V::load_i8(p.add(i * V::LANES))
     }
 }
-impl Code for Int4 {
-    const BYTES: usize = GROUP / 2;
+unsafe impl Code for Int4 {
+    const CODES: Codes = Codes::Int4;
     #[inline(always)]
-    unsafe fn load<V: Vector>(p: *const u8, i: usize) -> V {
+    unsafe fn key<V: Vector>(p: *const u8, i: usize) -> V {
+        V::unit_low4(p, int4_shift(i))
+    }
+    #[inline(always)]
+    unsafe fn value<V: Vector>(p: *const u8, i: usize) -> V {
         let at = i * V::LANES;
         if at < GROUP / 2 { V::load_low4(p.add(at)) } else { V::load_high4(p.add(at - GROUP / 2)) }
     }
 }
-impl Code for Fp8 {
-    const BYTES: usize = GROUP;
+unsafe impl Code for Fp8 {
+    const CODES: Codes = Codes::Fp8;
     #[inline(always)]
-    unsafe fn load<V: Vector>(p: *const u8, i: usize) -> V {
+    unsafe fn key<V: Vector>(p: *const u8, i: usize) -> V {
+        V::unit_e4m3(p, i)
+    }
+    #[inline(always)]
+    unsafe fn value<V: Vector>(p: *const u8, i: usize) -> V {
         V::load_e4m3(p.add(i * V::LANES))
     }
 }
 
-/// How decode takes codes as operands: 64 channels at a time.
+/// How decode takes codes as operands.
 ///
 /// # Safety
-/// As [`Vector`]; loads touch [`Code::BYTES`] bytes.
+/// As [`Vector`].
 pub unsafe trait Codewise<C: Code>: Dot {
+    /// q k^T in base 2 of R rows and a group's 64 keys, to `out` `[R][64]`; see `compact::scores`.
+    unsafe fn scores<const R: usize>(a: &Block, out: *mut f32);
     /// Accumulators that one `load_v` serves, at most 4.
     const PART: usize;
-    /// Operand vector `i` of 64 channels of a k row, in their order.
-    unsafe fn load_k(p: *const u8, i: usize) -> Self::B;
     /// 64 channels of two v rows (for PAIR 1 only `a` is read): the operands of accumulators `part * PART ..`.
     unsafe fn load_v(a: *const u8, b: *const u8, part: usize) -> [Self::B; 4];
     /// Which of the 64 channels lane `lane` of accumulator `i` holds.
@@ -68,16 +86,16 @@ pub unsafe trait Codewise<C: Code>: Dot {
 }
 
 unsafe impl<V: Vector, C: Code> Codewise<C> for Float<V> {
-    const PART: usize = if V::LANES == 16 { 4 } else { 2 };
     #[inline(always)]
-    unsafe fn load_k(p: *const u8, i: usize) -> V {
-        C::load(p, i)
+    unsafe fn scores<const R: usize>(a: &Block, out: *mut f32) {
+        super::compact::scores_float::<V, C, R>(a, out);
     }
+    const PART: usize = if V::LANES == 16 { 4 } else { 2 };
     #[inline(always)]
     unsafe fn load_v(a: *const u8, _b: *const u8, part: usize) -> [V; 4] {
         let mut found = [V::splat(0.0); 4];
         for i in 0..<Self as Codewise<C>>::PART {
-            found[i] = C::load(a, part * <Self as Codewise<C>>::PART + i);
+            found[i] = C::value(a, part * <Self as Codewise<C>>::PART + i);
         }
         found
     }
@@ -124,21 +142,51 @@ pub unsafe fn dequantize<V: Vector>(a: &Dequantize) {
 
 #[inline(always)]
 unsafe fn each<V: Vector, C: Code>(a: &Dequantize) {
+    match a.axis {
+        Axis::Channel => keys::<V, C>(a),
+        Axis::Token => each_value::<V, C>(a),
+    }
+}
+
+/// Tiles of LANES channels by LANES tokens, turned over.
+#[inline(always)]
+unsafe fn keys<V: Vector, C: Code>(a: &Dequantize) {
+    let mut rows = [[0.0f32; MAX_WIDTH]; GROUP];
+    let fold = C::CODES.fold();
+    let (first, last) = (a.rows.first, a.rows.first + a.n);
+    for t in (first / V::LANES * V::LANES..last).step_by(V::LANES) {
+        for c in (0..a.width).step_by(V::LANES) {
+            let mut tile = [V::splat(0.0); MAX_LANES];
+            for i in 0..V::LANES {
+                let c = c + i;
+                let unit = a.rows.ptr.add((c / fold * GROUP + t) * 4);
+                let scale = V::splat(DType::F16.read(a.rows.params.add(c).cast()));
+                let offset = V::splat(DType::F16.read(a.rows.params.add(a.width + c).cast()));
+                tile[i] = C::key::<V>(unit, c % fold).mul_add(scale, offset);
+            }
+            V::transpose(&mut tile);
+            for i in 0..V::LANES {
+                tile[i].store(rows[t + i].as_mut_ptr().add(c));
+            }
+        }
+    }
+    for j in 0..a.n {
+        finish_row::<V>(rows[first + j].as_ptr(), 1.0, a.head_dim, a.dtype, a.dst.add(j * a.dst_stride));
+    }
+}
+
+#[inline(always)]
+unsafe fn each_value<V: Vector, C: Code>(a: &Dequantize) {
     let mut row = [0.0f32; MAX_WIDTH];
     let groups = a.width / GROUP;
     for j in 0..a.n {
         for g in 0..groups {
-            let p = a.rows.ptr.add(j * a.rows.stride + g * C::BYTES);
+            let p = a.rows.ptr.add(j * a.rows.stride + g * C::CODES.bytes(GROUP));
+            let at = |g: usize| a.rows.params.cast::<u8>().add(g * a.rows.params_stride + 2 * j);
+            let (scale, offset) = (V::splat(DType::F16.read(at(g))), V::splat(DType::F16.read(at(groups + g))));
             for i in 0..GROUP / V::LANES {
-                let c = g * GROUP + i * V::LANES;
-                let (scale, offset) = match a.axis {
-                    Axis::Channel => (V::load_f16(a.rows.params.add(c)), V::load_f16(a.rows.params.add(a.width + c))),
-                    Axis::Token => {
-                        let at = |g: usize| a.rows.params.cast::<u8>().add(g * a.rows.params_stride + 2 * j);
-                        (V::splat(DType::F16.read(at(g))), V::splat(DType::F16.read(at(groups + g))))
-                    }
-                };
-                C::load::<V>(p, i).mul_add(scale, offset).store(row.as_mut_ptr().add(c));
+                let x = C::value::<V>(p, i).mul_add(scale, offset);
+                x.store(row.as_mut_ptr().add(g * GROUP + i * V::LANES));
             }
         }
         finish_row::<V>(row.as_ptr(), 1.0, a.head_dim, a.dtype, a.dst.add(j * a.dst_stride));
@@ -163,9 +211,9 @@ pub struct Quantize {
     pub codes: Codes,
     /// k or v
     pub axis: Axis,
-    /// first row of codes
+    /// first row of codes; of k the group
     pub dst: *mut u8,
-    /// bytes between them
+    /// bytes between rows of v
     pub dst_stride: usize,
     /// as in [`Rows`]
     pub params: *mut u16,
@@ -262,28 +310,40 @@ unsafe fn encode(x: &[f32; MAX_WIDTH], scale: &[f32; MAX_WIDTH], offset: &[f32; 
         let y = if y > low { y } else { low };
         if y < high { y } else { high }
     };
-    let dst = a.dst.add(j * a.dst_stride);
     match a.codes {
         Codes::Int8 => {
             for c in 0..MAX_WIDTH {
                 code[c] = (steps_of(c) + ROUND).to_bits() as u8;
             }
-            std::ptr::copy_nonoverlapping(code.as_ptr(), dst, a.width);
         }
         Codes::Fp8 => {
             for c in 0..MAX_WIDTH {
                 code[c] = f32_to_e4m3(steps_of(c));
             }
-            std::ptr::copy_nonoverlapping(code.as_ptr(), dst, a.width);
         }
         Codes::Int4 => {
             for c in 0..MAX_WIDTH {
                 code[c] = ((steps_of(c) + (ROUND + 8.0)).to_bits() & 15) as u8;
             }
+        }
+    }
+    match (a.axis, a.codes) {
+        (Axis::Token, Codes::Int4) => {
+            let dst = a.dst.add(j * a.dst_stride);
             for g in 0..a.width / GROUP {
                 for i in 0..GROUP / 2 {
                     *dst.add(g * GROUP / 2 + i) = code[g * GROUP + i] | code[g * GROUP + GROUP / 2 + i] << 4;
                 }
+            }
+        }
+        (Axis::Token, _) => std::ptr::copy_nonoverlapping(code.as_ptr(), a.dst.add(j * a.dst_stride), a.width),
+        (Axis::Channel, codes) => {
+            for (u, x) in code[..a.width].chunks_exact(codes.fold()).enumerate() {
+                let unit = match codes {
+                    Codes::Int4 => (0..8).fold(0, |unit, i| unit | u32::from(x[i]) << int4_shift(i)),
+                    _ => u32::from_le_bytes([x[0], x[1], x[2], x[3]]),
+                };
+                a.dst.cast::<u32>().add(u * GROUP + j).write_unaligned(unit.to_le());
             }
         }
     }

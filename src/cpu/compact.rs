@@ -1,9 +1,10 @@
 //! Decode over compact keys and values: codes become operands in registers, scales never touch them.
 //!
 //! `q (s c + b) = (q s) c + q b`: a group's scales go into q, once for its 64 keys, and its offsets make one number for
-//! each row. `p (s c + b) = (p s) c + p b`: a token's scale goes into its probability, its offset into a sum that every
-//! channel gets. What is left for each element is to spread it and to multiply: for int4 on AVX-512 two table lookups
-//! (VPERMW) for 64 elements.
+//! each row. Keys lie channel by channel within their group: lanes are tokens, and nothing is summed across lanes (with
+//! keys in rows that took half the time of int4). `p (s c + b) = (p s) c + p b`: a token's scale goes into its probability, its offset into a sum that every
+//! channel gets. What is left for each element is to spread it and to multiply: for int4 on AVX-512 a shift and a table
+//! lookup (VPERMW) for 32 elements.
 
 #![allow(clippy::undocumented_unsafe_blocks, clippy::missing_safety_doc)] // one contract: vector.rs, and the field docs of Block
 #![allow(unsafe_op_in_unsafe_fn)]
@@ -11,21 +12,33 @@
 
 use super::codes::{Code, Codewise};
 use super::rowwise::{BLOCK, Block};
-use super::vector::Vector;
+use super::vector::{Dot, Float, Vector};
 use crate::quant::GROUP;
 
-/// Keys ahead in the same stream that are asked for: the CPU's own prefetcher stops at each 4 KiB page.
-const AHEAD: usize = BLOCK;
-
-/// S = q k^T in base 2 over one group's keys (or fewer), KT at a time; `R * KT == 16`.
+/// S = q k^T in base 2 over the keys of one group, or some of them.
 #[inline(always)]
-pub unsafe fn scores<D: Codewise<C>, C: Code, const R: usize, const KT: usize>(a: &Block) {
+pub unsafe fn scores<D: Codewise<C>, C: Code, const R: usize>(a: &Block) {
+    if a.codes.k_first == 0 {
+        D::scores::<R>(a, a.s);
+        return;
+    }
+    // The whole group, then the part that is asked for; a page's edge or padding, so seldom.
+    let mut all = [[0.0f32; BLOCK]; R];
+    D::scores::<R>(a, all.as_mut_ptr().cast());
+    for r in 0..R {
+        std::ptr::copy_nonoverlapping(all[r].as_ptr().add(a.codes.k_first), a.s.add(r * BLOCK), a.n);
+    }
+}
+
+/// q times the scales of a group's channels, as `D`'s operand units `[R][width / PAIR]`; returns what its offsets add to
+/// every score of a row.
+#[inline(always)]
+pub unsafe fn scale_q<D: Dot, const R: usize>(a: &Block, dst: *mut u32) -> [f32; R] {
     let (lanes, width) = (D::V::LANES, a.codes.width);
-    let step = lanes * D::PAIR;
     let mut add = [0.0f32; R];
     for r in 0..R {
         let mut sum = D::V::splat(0.0);
-        for c in (0..width).step_by(step) {
+        for c in (0..width).step_by(lanes * D::PAIR) {
             let mut x = [D::V::splat(0.0); 2];
             for i in 0..D::PAIR {
                 let at = c + i * lanes;
@@ -33,44 +46,51 @@ pub unsafe fn scores<D: Codewise<C>, C: Code, const R: usize, const KT: usize>(a
                 sum = q.mul_add(D::V::load_f16(a.codes.k_params.add(width + at)), sum);
                 x[i] = q.mul(D::V::load_f16(a.codes.k_params.add(at)));
             }
-            put::<D>(&x, a.codes.units.add((r * width + c) / D::PAIR));
+            put::<D>(&x, dst.add((r * width + c) / D::PAIR));
         }
         add[r] = sum.reduce_add();
     }
-    let units = width / D::PAIR;
-    let mut j = 0;
-    while j < a.n {
-        let mut acc = [D::V::splat(0.0); 16];
-        let mut at = [a.k; KT];
-        for t in 0..KT {
-            // Past the end the last key stands in; its score is masked.
-            at[t] = a.k.add((j + t).min(a.n - 1) * a.k_stride);
-            for line in (0..a.codes.v_bytes).step_by(64) {
-                D::V::prefetch(a.v.wrapping_add((j + t) * a.v_stride + line));
-            }
-        }
-        for g in 0..width / GROUP {
-            for i in 0..GROUP / step {
-                let mut b = [D::splat(a.codes.units); KT];
-                for t in 0..KT {
-                    b[t] = D::load_k(at[t].add(g * C::BYTES), i);
-                }
-                for r in 0..R {
-                    let x = D::load(a.codes.units.add(r * units + g * GROUP / D::PAIR + i * lanes));
-                    for t in 0..KT {
-                        acc[r * KT + t] = D::dot(acc[r * KT + t], x, b[t]);
+    add
+}
+
+/// Asks for the `per` cache lines from the `n * per`-th on: a block's lines, shared out over the steps of a loop.
+#[inline(always)]
+pub unsafe fn ask_for<V: Vector>(p: *const u8, per: usize, n: usize) {
+    for line in 0..per {
+        V::prefetch(p.wrapping_add((n * per + line) * 64));
+    }
+}
+
+/// `Codewise::scores` in float32: lanes are tokens, one channel after the other.
+#[inline(always)]
+pub unsafe fn scores_float<V: Vector, C: Code, const R: usize>(a: &Block, out: *mut f32) {
+    // 8 accumulators suit 16 registers; 16 would be better where there are 32, and wider vectors mean there are.
+    let most = if V::LANES == 16 { 16 } else { 8 };
+    let add = scale_q::<Float<V>, R>(a, a.codes.units);
+    let q: *const f32 = a.codes.units.cast();
+    let (width, fold) = (a.codes.width, C::CODES.fold());
+    let tv = (most / R).clamp(1, 4);
+    let units = width / fold;
+    let per = a.codes.v_lines.div_ceil(GROUP / (tv * V::LANES) * units);
+    for t0 in (0..GROUP).step_by(tv * V::LANES) {
+        let mut acc = [[V::splat(0.0); 4]; R];
+        for u in 0..units {
+            ask_for::<V>(a.v, per, t0 / (tv * V::LANES) * units + u);
+            let unit = a.k.add((u * GROUP + t0) * 4);
+            for i in 0..fold {
+                for t in 0..tv {
+                    let b = C::key::<V>(unit.add(t * V::LANES * 4), i);
+                    for r in 0..R {
+                        acc[r][t] = V::splat(*q.add(r * width + u * fold + i)).mul_add(b, acc[r][t]);
                     }
                 }
             }
         }
-        let mut sums = [0.0f32; 16];
-        D::V::sum16(&acc, sums.as_mut_ptr());
         for r in 0..R {
-            for t in 0..KT {
-                a.s.add(r * BLOCK + j + t).write(sums[r * KT + t] + add[r]);
+            for t in 0..tv {
+                acc[r][t].add(V::splat(add[r])).store(out.add(r * BLOCK + t0 + t * V::LANES));
             }
         }
-        j += KT;
     }
 }
 
@@ -80,6 +100,7 @@ pub unsafe fn values<D: Codewise<C>, C: Code, const R: usize, const RP: usize>(a
     let (lanes, width) = (D::V::LANES, a.codes.width);
     let groups = width / GROUP;
     let units = BLOCK / D::PAIR;
+    let per = a.codes.k_lines.div_ceil(groups * units);
     for g in 0..groups {
         let at = |g: usize| a.codes.v_params.cast::<u8>().add(g * a.codes.v_params_stride).cast::<u16>();
         let (mut scale, mut offset) = (at(g), at(groups + g));
@@ -113,7 +134,7 @@ pub unsafe fn values<D: Codewise<C>, C: Code, const R: usize, const RP: usize>(a
             for r0 in (0..R).step_by(RP) {
                 let mut acc = [[D::V::splat(0.0); 4]; RP];
                 let mut j = 0;
-                let mut v0 = a.v.add(g * C::BYTES);
+                let mut v0 = a.v.add(g * C::CODES.bytes(GROUP));
                 while j < a.n {
                     let v1 = if D::PAIR == 2 && j + 1 < a.n { v0.add(a.v_stride) } else { v0 };
                     let b = D::load_v(v0, v1, part);
@@ -123,13 +144,9 @@ pub unsafe fn values<D: Codewise<C>, C: Code, const R: usize, const RP: usize>(a
                             acc[r][c] = D::dot(acc[r][c], p, b[c]);
                         }
                     }
-                    if g == 0 && part == 0 && r0 == 0 {
-                        for i in 0..D::PAIR {
-                            let next = a.k.wrapping_add((AHEAD + j + i) * a.k_stride);
-                            for line in (0..a.codes.k_bytes).step_by(64) {
-                                D::V::prefetch(next.wrapping_add(line));
-                            }
-                        }
+                    if part == 0 && r0 == 0 {
+                        // The next block's keys, while this one's values are multiplied.
+                        ask_for::<D::V>(a.codes.k_next, per, g * (BLOCK / D::PAIR) + j / D::PAIR);
                     }
                     j += D::PAIR;
                     v0 = v0.wrapping_add(D::PAIR * a.v_stride);
@@ -148,7 +165,7 @@ pub unsafe fn values<D: Codewise<C>, C: Code, const R: usize, const RP: usize>(a
 
 /// PAIR vectors of numbers as operand units, in order.
 #[inline(always)]
-unsafe fn put<D: super::vector::Dot>(x: &[D::V; 2], p: *mut u32) {
+unsafe fn put<D: Dot>(x: &[D::V; 2], p: *mut u32) {
     if D::PAIR == 2 {
         D::put_p::<2>(x, p, D::V::splat(0.0));
     } else {

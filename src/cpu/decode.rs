@@ -179,7 +179,7 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) -> Opti
                 }
                 let (k, k_stride) = dense_rows(p, plans, &run.k, done, n, at(plans.k));
                 let (v, v_stride) = dense_rows(p, plans, &run.v, done, n, at(plans.v));
-                let bytes = |rows: &Rows| rows.codes.map_or(plans.dp * dtype.size(), |c| c.bytes(plans.dp));
+                let lines = |rows: &Rows| n * rows.codes.map_or(plans.dp * dtype.size(), |c| c.bytes(plans.dp)) / 64;
                 let block = Block {
                     q: at(plans.q).cast(),
                     k,
@@ -201,8 +201,10 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) -> Opti
                         k_params: run.k.params,
                         v_params: run.v.params.wrapping_add(done),
                         v_params_stride: run.v.params_stride,
-                        k_bytes: bytes(&run.k),
-                        v_bytes: bytes(&run.v),
+                        k_first: run.k.first,
+                        k_next: k.wrapping_add(if run.k.codes.is_some() { k_stride } else { n * k_stride }),
+                        k_lines: lines(&run.k),
+                        v_lines: lines(&run.v),
                         units: at(plans.units).cast(),
                     },
                 };
@@ -236,6 +238,7 @@ unsafe fn dense_rows(
     n: usize,
     dst: *mut u8,
 ) -> (*const u8, usize) {
+    // A run of compact keys is one block.
     let src = rows.ptr.wrapping_add(done * rows.stride);
     if rows.codes.is_some() || plans.dp == p.head_dim {
         return (src, rows.stride);

@@ -24,7 +24,8 @@ const LEVELS: &[Isa] = &[
     Isa {
         name: "avx512bf16",
         kernels: super::arch::avx512::AVX512_BF16,
-        available: || avx512() && is_x86_feature_detected!("avx512bf16"),
+        // Every CPU with the one has the other.
+        available: || avx512() && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni"),
     },
     #[cfg(target_arch = "x86_64")]
     Isa { name: "avx512", kernels: super::arch::avx512::AVX512, available: avx512 },

@@ -80,7 +80,7 @@ pub fn kv_append(name: &str, rows: TensorRef, page: SideMut, at: usize, cx: &Con
                     width: wide,
                     codes: c.codes,
                     axis: c.axis,
-                    dst: c.rows.row(b, h, at + i),
+                    dst: c.rows.row(b, h, if c.axis == Axis::Channel { (at + i) / GROUP } else { at + i }),
                     dst_stride: c.rows.row_bytes(),
                     params: match c.axis {
                         Axis::Channel => c.params.row(b, h, (at + i) / GROUP).cast(),

@@ -127,10 +127,14 @@ pub struct BlockCodes {
     pub v_params: *const u16,
     /// bytes between those of 64 channels
     pub v_params_stride: usize,
-    /// bytes of a k row
-    pub k_bytes: usize,
-    /// bytes of a v row
-    pub v_bytes: usize,
+    /// which token of the group at k the first row is
+    pub k_first: usize,
+    /// where the next block's k begins
+    pub k_next: *const u8,
+    /// cache lines of a block of k
+    pub k_lines: usize,
+    /// cache lines of a block of v
+    pub v_lines: usize,
     /// scratch for operands: `[R][max(width, BLOCK) / PAIR]` units
     pub units: *mut u32,
 }

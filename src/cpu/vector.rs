@@ -92,6 +92,24 @@ pub unsafe trait Vector: Copy {
         // SAFETY: as above.
         unsafe { Self::from_fn(|i| crate::quant::e4m3_to_f32(*p.add(i))) }
     }
+    /// Byte `i` of LANES units of 32 bits, signed.
+    #[inline(always)]
+    unsafe fn unit_i8(p: *const u8, i: usize) -> Self {
+        // SAFETY: as above; 4 * LANES bytes are readable.
+        unsafe { Self::from_fn(|lane| f32::from(*p.add(4 * lane + i) as i8)) }
+    }
+    /// Byte `i` of LANES units, as e4m3.
+    #[inline(always)]
+    unsafe fn unit_e4m3(p: *const u8, i: usize) -> Self {
+        // SAFETY: as above.
+        unsafe { Self::from_fn(|lane| crate::quant::e4m3_to_f32(*p.add(4 * lane + i))) }
+    }
+    /// The 4 bits from bit `shift` on of LANES units, minus 8.
+    #[inline(always)]
+    unsafe fn unit_low4(p: *const u8, shift: u32) -> Self {
+        // SAFETY: as above.
+        unsafe { Self::from_fn(|lane| (p.cast::<u32>().add(lane).read_unaligned() >> shift & 15) as f32 - 8.0) }
+    }
     /// Lane i is `f(i)`.
     #[inline(always)]
     unsafe fn from_fn(f: impl Fn(usize) -> f32) -> Self {

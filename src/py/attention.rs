@@ -63,7 +63,7 @@ pub fn attention(
     for (i, o) in v_pages.iter().enumerate() {
         vs.push(tensor::side(&view("v", &v_pages, i), o, Axis::Token)?);
     }
-    let held: usize = ks.iter().map(|p| p.shape()[2]).sum();
+    let held: usize = vs.iter().map(|p| p.shape()[2]).sum();
     let q = tensor::rows("q", q)?;
     let out = tensor::rows_mut("out", out)?;
     let lse = lse.map(|o| tensor::sums_mut("lse", o)).transpose()?;

@@ -7,10 +7,10 @@
 use std::arch::x86_64::*;
 
 use super::{CodesKernel, Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, per_rows, table};
-use crate::cpu::codes::{Codewise, Fp8, Int4, Int8};
+use crate::cpu::codes::{Code, Codewise, Fp8, Int4, Int8};
 use crate::cpu::rowwise::{FloatRows, Rows};
 use crate::cpu::vector::{Bf16, Dot, F16, Float, Load, MAX_LANES, Raw, Vector};
-use crate::cpu::{codes, kernels, merge, rope, rowwise};
+use crate::cpu::{codes, compact, kernels, merge, rope, rowwise};
 use crate::dtype::DType;
 
 /// 16 float32.
@@ -179,18 +179,39 @@ unsafe impl Vector for V {
     }
     #[inline(always)]
     unsafe fn load_e4m3(p: *const u8) -> Self {
-        let x = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
-        let magnitude = _mm512_slli_epi32::<20>(_mm512_and_si512(x, _mm512_set1_epi32(0x7f)));
-        let normal = _mm512_castsi512_ps(_mm512_add_epi32(magnitude, _mm512_set1_epi32(120 << 23)));
-        let small = _mm512_castsi512_ps(_mm512_add_epi32(magnitude, _mm512_set1_epi32(121 << 23)));
-        let is_small = _mm512_testn_epi32_mask(x, _mm512_set1_epi32(0x78));
-        let y = _mm512_mask_sub_ps(normal, is_small, small, _mm512_set1_ps(0.015_625));
-        Self(_mm512_or_ps(y, _mm512_and_ps(_mm512_castsi512_ps(x), _mm512_set1_ps(-0.0))))
+        e4m3(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn unit_i8(p: *const u8, i: usize) -> Self {
+        let x = _mm512_loadu_si512(p.cast());
+        let x = _mm512_sll_epi32(x, _mm_cvtsi32_si128(24 - 8 * i as i32));
+        Self(_mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(x)))
+    }
+    #[inline(always)]
+    unsafe fn unit_e4m3(p: *const u8, i: usize) -> Self {
+        let x = _mm512_loadu_si512(p.cast());
+        e4m3(_mm512_srai_epi32::<24>(_mm512_sll_epi32(x, _mm_cvtsi32_si128(24 - 8 * i as i32))))
+    }
+    #[inline(always)]
+    unsafe fn unit_low4(p: *const u8, shift: u32) -> Self {
+        let x = _mm512_srl_epi32(_mm512_loadu_si512(p.cast()), _mm_cvtsi32_si128(shift as i32));
+        Self(_mm512_permutexvar_ps(x, four_bits()))
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
+}
+
+/// Sign-extended e4m3 to float32.
+#[inline(always)]
+unsafe fn e4m3(x: __m512i) -> V {
+    let magnitude = _mm512_slli_epi32::<20>(_mm512_and_si512(x, _mm512_set1_epi32(0x7f)));
+    let normal = _mm512_castsi512_ps(_mm512_add_epi32(magnitude, _mm512_set1_epi32(120 << 23)));
+    let small = _mm512_castsi512_ps(_mm512_add_epi32(magnitude, _mm512_set1_epi32(121 << 23)));
+    let is_small = _mm512_testn_epi32_mask(x, _mm512_set1_epi32(0x78));
+    let y = _mm512_mask_sub_ps(normal, is_small, small, _mm512_set1_ps(0.015_625));
+    V(_mm512_or_ps(y, _mm512_and_ps(_mm512_castsi512_ps(x), _mm512_set1_ps(-0.0))))
 }
 
 #[inline(always)]
@@ -307,14 +328,117 @@ unsafe fn e4m3_bf16(x: __m512i) -> __m512bh {
     bh(_mm512_or_si512(y, _mm512_and_si512(x, _mm512_set1_epi16(-0x8000))))
 }
 
-unsafe impl Codewise<Int4> for Pairs {
-    const PART: usize = 4;
+/// Accumulators for R rows: 64 tokens at once, or 32 where that would need more than 16.
+const fn vectors(rows: usize) -> usize {
+    if rows > 4 { 2 } else { 4 }
+}
+
+/// Codes of a key unit as pairs of bf16.
+trait KeyPairs: Code {
+    /// Channels 2 i and 2 i + 1 of each unit.
+    unsafe fn pair(x: __m512i, i: usize) -> __m512bh;
+}
+
+impl KeyPairs for Int4 {
     #[inline(always)]
-    unsafe fn load_k(p: *const u8, i: usize) -> __m512bh {
-        let x = _mm512_cvtepu8_epi16(_mm256_loadu_si256(p.cast()));
-        let x = if i == 0 { x } else { _mm512_srli_epi16::<4>(x) };
-        bh(_mm512_permutexvar_epi16(x, four_bits_bf16()))
+    unsafe fn pair(x: __m512i, i: usize) -> __m512bh {
+        bh(_mm512_permutexvar_epi16(_mm512_srl_epi32(x, _mm_cvtsi32_si128(4 * i as i32)), four_bits_bf16()))
     }
+}
+
+impl KeyPairs for Fp8 {
+    #[inline(always)]
+    unsafe fn pair(x: __m512i, i: usize) -> __m512bh {
+        // Bytes 0 and 1, or 2 and 3, to the high ends of the unit's halves, then down with their signs.
+        let x = _mm512_srl_epi32(x, _mm_cvtsi32_si128(16 * i as i32));
+        let y = _mm512_or_si512(
+            _mm512_and_si512(_mm512_slli_epi32::<8>(x), _mm512_set1_epi32(0x0000_ff00)),
+            _mm512_and_si512(_mm512_slli_epi32::<16>(x), _mm512_set1_epi32(-0x0100_0000)),
+        );
+        e4m3_bf16(_mm512_srai_epi16::<8>(y))
+    }
+}
+
+/// `Codewise::scores` by pairs of bf16.
+#[inline(always)]
+unsafe fn scores_pairs<C: KeyPairs, const R: usize>(a: &rowwise::Block, out: *mut f32) {
+    let pairs = C::CODES.fold() / 2;
+    let add = compact::scale_q::<Pairs, R>(a, a.codes.units);
+    let units = a.codes.width / (2 * pairs);
+    let per = a.codes.v_lines.div_ceil(4 / vectors(R) * units);
+    for t0 in (0..4).step_by(vectors(R)) {
+        let mut acc = [[V::splat(0.0); 4]; R];
+        for u in 0..units {
+            compact::ask_for::<V>(a.v, per, t0 / vectors(R) * units + u);
+            let p = a.k.add((u * 4 + t0) * 64);
+            let mut x = [_mm512_setzero_si512(); 4];
+            for t in 0..vectors(R) {
+                x[t] = _mm512_loadu_si512(p.add(t * 64).cast());
+            }
+            for i in 0..pairs {
+                let mut b = [bh(_mm512_setzero_si512()); 4];
+                for t in 0..vectors(R) {
+                    b[t] = C::pair(x[t], i);
+                }
+                for r in 0..R {
+                    let q = Pairs::splat(a.codes.units.add((r * units + u) * pairs + i));
+                    for t in 0..vectors(R) {
+                        acc[r][t] = Pairs::dot(acc[r][t], q, b[t]);
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            for t in 0..vectors(R) {
+                acc[r][t].add(V::splat(add[r])).store(out.add((r * 4 + t0 + t) * 16));
+            }
+        }
+    }
+}
+
+/// q times the scales of a group, in whole numbers of 15 bits and their sign: bytes `[2][R][width]`, high ones first.
+/// Returns, for each row, what a product is multiplied by, and what is added then.
+#[inline(always)]
+unsafe fn scale_q_bytes<const R: usize>(a: &rowwise::Block, dst: *mut u8) -> ([f32; R], [f32; R]) {
+    let width = a.codes.width;
+    let (mut factor, mut add) = ([0.0f32; R], [0.0f32; R]);
+    for r in 0..R {
+        let mut x = [_mm512_setzero_ps(); 16];
+        let (mut top, mut offsets) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+        for c in 0..width / 16 {
+            let q = V::load(a.codes.q.add(r * width + c * 16)).0;
+            let param = |at: usize| V::load_f16(a.codes.k_params.add(at)).0;
+            offsets = _mm512_fmadd_ps(q, param(width + c * 16), offsets);
+            x[c] = _mm512_mul_ps(q, param(c * 16));
+            top = _mm512_max_ps(top, _mm512_abs_ps(x[c]));
+        }
+        // 127 * 256: the high byte stays within a signed one after rounding.
+        let top = _mm512_reduce_max_ps(top);
+        factor[r] = top / 32512.0;
+        let inv = _mm512_set1_ps(if top > 0.0 { 32512.0 / top } else { 0.0 });
+        let mut sum = _mm512_setzero_si512();
+        for c in 0..width / 16 {
+            let n = _mm512_cvtps_epi32(_mm512_mul_ps(x[c], inv));
+            sum = _mm512_add_epi32(sum, n);
+            let high = _mm512_srai_epi32::<8>(_mm512_add_epi32(n, _mm512_set1_epi32(128)));
+            let low = _mm512_sub_epi32(n, _mm512_slli_epi32::<8>(high));
+            let at = dst.add(r * width + c * 16);
+            _mm_storeu_si128(at.cast(), _mm512_cvtepi32_epi8(high));
+            _mm_storeu_si128(at.add(R * width).cast(), _mm512_cvtepi32_epi8(low));
+        }
+        // Codes are multiplied as code + 128.
+        let shift = -128.0 * f64::from(_mm512_reduce_add_epi32(sum)) * f64::from(factor[r]);
+        add[r] = (f64::from(_mm512_reduce_add_ps(offsets)) + shift) as f32;
+    }
+    (factor, add)
+}
+
+unsafe impl Codewise<Int4> for Pairs {
+    #[inline(always)]
+    unsafe fn scores<const R: usize>(a: &rowwise::Block, out: *mut f32) {
+        scores_pairs::<Int4, R>(a, out);
+    }
+    const PART: usize = 4;
     #[inline(always)]
     unsafe fn load_v(a: *const u8, b: *const u8, _part: usize) -> [__m512bh; 4] {
         let (x, y) =
@@ -334,13 +458,43 @@ unsafe impl Codewise<Int4> for Pairs {
 }
 
 unsafe impl Codewise<Int8> for Pairs {
-    const PART: usize = 4;
+    /// By bytes (VPDPBUSD): the codes need no conversion at all, and q keeps 15 bits, twice bf16's.
     #[inline(always)]
-    unsafe fn load_k(p: *const u8, i: usize) -> __m512bh {
-        // Whole numbers up to 256 are bf16 exactly.
-        let (x, y) = (V::load_i8(p.add(32 * i)), V::load_i8(p.add(32 * i + 16)));
-        _mm512_cvtne2ps_pbh(y.0, x.0)
+    unsafe fn scores<const R: usize>(a: &rowwise::Block, out: *mut f32) {
+        let q: *mut u8 = a.codes.units.cast();
+        let (factor, add) = scale_q_bytes::<R>(a, q);
+        let units = a.codes.width / 4;
+        let flip = _mm512_set1_epi8(-128);
+        let per = a.codes.v_lines.div_ceil(2 * units);
+        for t0 in (0..4).step_by(2) {
+            for r0 in (0..R).step_by(4) {
+                let mut acc = [[[_mm512_setzero_si512(); 2]; 2]; 4];
+                for u in 0..units {
+                    compact::ask_for::<V>(a.v, per, t0 / 2 * units + u);
+                    let p = a.k.add((u * 4 + t0) * 64);
+                    let x = _mm512_xor_si512(_mm512_loadu_si512(p.cast()), flip);
+                    let y = _mm512_xor_si512(_mm512_loadu_si512(p.add(64).cast()), flip);
+                    for r in 0..if R < 4 { R } else { 4 } {
+                        for digit in 0..2 {
+                            let at: *const i32 = q.add((digit * R + r0 + r) * units * 4 + u * 4).cast();
+                            let b = _mm512_set1_epi32(at.read_unaligned());
+                            acc[r][digit][0] = _mm512_dpbusd_epi32(acc[r][digit][0], x, b);
+                            acc[r][digit][1] = _mm512_dpbusd_epi32(acc[r][digit][1], y, b);
+                        }
+                    }
+                }
+                for r in 0..if R < 4 { R } else { 4 } {
+                    for t in 0..2 {
+                        let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(acc[r][0][t]), acc[r][1][t]);
+                        let (f, b) = (_mm512_set1_ps(factor[r0 + r]), _mm512_set1_ps(add[r0 + r]));
+                        let s = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), f, b);
+                        _mm512_storeu_ps(out.add(((r0 + r) * 4 + t0 + t) * 16), s);
+                    }
+                }
+            }
+        }
     }
+    const PART: usize = 4;
     #[inline(always)]
     unsafe fn load_v(a: *const u8, b: *const u8, _part: usize) -> [__m512bh; 4] {
         let mut found = [bh(_mm512_setzero_si512()); 4];
@@ -358,11 +512,11 @@ unsafe impl Codewise<Int8> for Pairs {
 }
 
 unsafe impl Codewise<Fp8> for Pairs {
-    const PART: usize = 4;
     #[inline(always)]
-    unsafe fn load_k(p: *const u8, i: usize) -> __m512bh {
-        e4m3_bf16(_mm512_cvtepi8_epi16(_mm256_loadu_si256(p.add(32 * i).cast())))
+    unsafe fn scores<const R: usize>(a: &rowwise::Block, out: *mut f32) {
+        scores_pairs::<Fp8, R>(a, out);
     }
+    const PART: usize = 4;
     #[inline(always)]
     unsafe fn load_v(a: *const u8, b: *const u8, _part: usize) -> [__m512bh; 4] {
         let mut found = [bh(_mm512_setzero_si512()); 4];
@@ -398,7 +552,7 @@ mod base {
 mod dot {
     use super::*;
     instantiate! {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")];
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c")];
         vector V;
         panel pairs: Pairs, load Raw, 6 x 4, tiles 1, pv 6 x 4;
         codes pairs_codes: Pairs;

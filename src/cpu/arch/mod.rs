@@ -150,9 +150,9 @@ macro_rules! instantiate {
             use crate::cpu::compact;
             per_rows!(#[$feat] softmax_units: R, KT, RP => rowwise::softmax::<$cdot, R, true>);
             per_rows!(#[$feat] softmax_numbers: R, KT, RP => rowwise::softmax::<$cdot, R, false>);
-            per_rows!(#[$feat] scores_int8: R, KT, RP => compact::scores::<$cdot, Int8, R, KT>);
-            per_rows!(#[$feat] scores_int4: R, KT, RP => compact::scores::<$cdot, Int4, R, KT>);
-            per_rows!(#[$feat] scores_fp8: R, KT, RP => compact::scores::<$cdot, Fp8, R, KT>);
+            per_rows!(#[$feat] scores_int8: R, KT, RP => compact::scores::<$cdot, Int8, R>);
+            per_rows!(#[$feat] scores_int4: R, KT, RP => compact::scores::<$cdot, Int4, R>);
+            per_rows!(#[$feat] scores_fp8: R, KT, RP => compact::scores::<$cdot, Fp8, R>);
             per_rows!(#[$feat] values_int8: R, KT, RP => compact::values::<$cdot, Int8, R, RP>);
             per_rows!(#[$feat] values_int4: R, KT, RP => compact::values::<$cdot, Int4, R, RP>);
             per_rows!(#[$feat] values_fp8: R, KT, RP => compact::values::<$cdot, Fp8, R, RP>);
