@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-from .formats import GROUP, MODEL, Compact, KvFormat, Page, Side, empty
+from .formats import GROUP, MODEL, Compact, KvFormat, Page, Side, empty, name_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,6 +56,16 @@ def new_page(kv: KvFormat, size: int, k: Tensor, v: Tensor) -> Page:
     """A page of `size` tokens, not initialised, for keys and values like k and v `[batch, kv_heads, n, head_dim]`."""
     (batch, heads, _, k_dim), v_dim = k.shape, v.shape[3]
     return Page(empty(kv.k, "k", (batch, heads, size, k_dim), k), empty(kv.v, "v", (batch, heads, size, v_dim), v))
+
+
+def page_like(page: Page, size: int, kind: Kind) -> Page:
+    """A page of `size` tokens, not initialised, in the format of another one."""
+
+    def side(of: Side, which: Literal["k", "v"], head_dim: int, dtype: torch.dtype) -> Side:
+        like = torch.empty(0, dtype=dtype, device=kind.device)
+        return empty(name_of(of), which, (kind.batch, kind.kv_heads, size, head_dim), like)
+
+    return Page(side(page.k, "k", kind.k_dim, kind.k_dtype), side(page.v, "v", kind.v_dim, kind.v_dtype))
 
 
 class DensePage(Page):

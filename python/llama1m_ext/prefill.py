@@ -17,6 +17,7 @@ from transformers.models.llama import modeling_llama
 from . import _compat, llama
 from .cache import PagedLayer
 from .call import Call, NotServed, own_forward
+from .checkpoint import Checkpoint
 from .memory import chunk_len
 from .progress import Progress
 
@@ -55,18 +56,30 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
         first = model.embed_tokens(ids[:, :chunk])
         call.begin(first)
         hidden = first.new_empty((call.batch, n, first.shape[-1]))
-        hidden[:, :chunk] = first
-        for a, b in _chunks(chunk, n, chunk):
-            hidden[:, a:b] = model.embed_tokens(ids[:, a:b])
     else:
+        first = embeds[:, :0]
         call.begin(embeds)
-        hidden = embeds.clone(memory_format=torch.contiguous_format)
+        hidden = torch.empty_like(embeds, memory_format=torch.contiguous_format)
     keep = n if keep <= 0 else min(keep, n)
     scratch = PagedLayer(call.options.page_size)
     cost = Cost(call)
     total = cost.total(n, n - keep)
-    with Progress(call.options.progress, call.batch * n, total) as progress:
-        for i, layer in enumerate(call.layers):
+    with (
+        Checkpoint(call, ids, embeds, chunk) as checkpoint,
+        Progress(call.options.progress, call.batch * n, total) as progress,
+    ):
+        done = checkpoint.resume(hidden)
+        if done:
+            chunk = checkpoint.chunk  # other ones would give other last bits
+            progress.skip(done * cost.chunk(0, n))
+        elif embeds is not None:
+            hidden.copy_(embeds)
+        else:
+            hidden[:, :chunk] = first
+            for a, b in _chunks(chunk, n, chunk):
+                hidden[:, a:b] = model.embed_tokens(ids[:, a:b])  # type: ignore[index]  # one of the two is given
+        del first
+        for i, layer in enumerate(call.layers[done:], done):
             if call.pages is None:
                 page = scratch
                 page.length = 0  # the same memory again
@@ -82,15 +95,16 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
                 _layer(layer, hidden[:, a:b], call, page, a)
                 progress.step(cost.chunk(a, b))
             page.seal()
-    if keep < n:
-        return model.norm(hidden[:, n - keep :])
-    out = hidden
-    for a, b in _chunks(0, n, chunk):
-        normed = model.norm(hidden[:, a:b])
-        if normed.dtype != out.dtype:
-            out = hidden.to(normed.dtype)
-        out[:, a:b] = normed
-    return out
+            checkpoint.layer_done(i, hidden)
+        if keep < n:
+            return model.norm(hidden[:, n - keep :])
+        out = hidden
+        for a, b in _chunks(0, n, chunk):
+            normed = model.norm(hidden[:, a:b])
+            if normed.dtype != out.dtype:
+                out = hidden.to(normed.dtype)
+            out[:, a:b] = normed
+        return out
 
 
 def _layer(layer: Any, hidden: Tensor, call: Call, page: PagedLayer, at: int) -> None:

@@ -25,7 +25,7 @@ class Progress:
     """
 
     def __init__(self, show: bool | Literal["auto"], tokens: int, work: float) -> None:
-        self.tokens, self.work, self.done = tokens, work, 0.0
+        self.tokens, self.work, self.done, self.skipped = tokens, work, 0.0, 0.0
         self.bar: Any = None
         if show == "auto":
             show = tokens >= AUTO_TOKENS
@@ -35,6 +35,16 @@ class Progress:
             self.bar = tqdm(total=work, bar_format=_FORMAT, dynamic_ncols=True, mininterval=0.25)
             self.start = time.perf_counter()
             self._label()
+
+    def skip(self, work: float) -> None:
+        """So much was done before, by somebody else: it takes no time."""
+        self.done += work
+        self.skipped += work
+        if self.bar is not None:
+            self._label()
+            self.bar.initial = self.done  # what the time left is predicted from
+            self.bar.n = self.done
+            self.bar.refresh()
 
     def step(self, work: float) -> None:
         """So much more is done."""
@@ -46,7 +56,8 @@ class Progress:
     def _label(self) -> None:
         seconds = time.perf_counter() - self.start
         tokens = self.tokens * self.done / self.work
-        rate = f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds > 0 else ""
+        computed = self.tokens * (self.done - self.skipped) / self.work
+        rate = f", {computed / seconds:,.0f} tokens/s" if computed and seconds > 0 else ""
         self.bar.set_description_str(f"{tokens:,.0f}/{self.tokens:,} tokens{rate}", refresh=False)
 
     def __enter__(self) -> Progress:

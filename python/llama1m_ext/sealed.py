@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from . import ops
-from .dense import Stored, gathered, groups, is_dense, new_page, pieces
+from .dense import Kind, Stored, gathered, groups, is_dense, loaded, new_page, page_like, pieces
 from .formats import GROUP, MODEL, KvFormat, Page
 from .page_list import PageList, PageSize, rounded, spare
 
@@ -65,6 +65,44 @@ class SealedList(PageList):
             self._seal()
         elif self._borrowed:
             self._spread()
+        if self.store is not None:
+            self.store.settle(self)
+
+    def parts(self) -> list[tuple[Page | Stored, int]]:
+        """The tokens in use, page by page, each with the number of tokens that the page has room for."""
+        rooms = [page.size for page in self.pages]
+        if self._open is not None:
+            rooms[self._run()[0] - 1] = self._open.size
+        return list(zip(self._used(self.length), rooms, strict=False))
+
+    def refill(self, kept: int, parts: Iterable[tuple[Page | Stored, int]], kind: Kind) -> None:
+        """Puts copies of pages in the place of all but the first ones, each with room for more as it had.
+
+        Args:
+            kept: so many of the first pages stay.
+            parts: what `parts()` gave, from there on.
+            kind: of all keys and values.
+
+        Raises:
+            OSError, CacheDamaged: a page can't be read, or the store can't take one.
+        """
+        pages, opened = self.pages[:kept], None
+        length = sum(page.size for page in pages)
+        for part, room in parts:
+            source = loaded(part)
+            page = page_like(source, room, kind)
+            used = page.narrow(0, source.size)
+            for name, tensor in source.tensors().items():
+                used.tensors()[name].copy_(tensor)
+            if not is_dense(page):
+                opened = page if room > source.size else None
+            pages.append(page if is_dense(page) else used)
+            length += source.size
+            if self.store is not None and room == source.size:
+                pages[-1] = self.store.place(pages)
+        self._note(kind)
+        self.length = length
+        self._sealed(pages, opened)
         if self.store is not None:
             self.store.settle(self)
 
