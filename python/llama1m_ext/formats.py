@@ -43,6 +43,14 @@ class Compact(NamedTuple):
     codes: Tensor
     params: Tensor
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Plain pickle can't load float8 tensors.
+        return _unpickled, (self.codes.view(torch.uint8), self.codes.dtype, self.params)
+
+
+def _unpickled(codes: Tensor, dtype: torch.dtype, params: Tensor) -> Compact:
+    return Compact(codes.view(dtype), params)
+
 
 Side = Tensor | Compact
 """K or V of a page: dense `[batch, kv_heads, tokens, head_dim]`, or compact."""

@@ -55,26 +55,37 @@ def free_bytes(folder: str | None = None) -> int:
 
 
 class Worker:
-    """One thread for what is done in the background: started when there is something to do, anew in a forked process."""
+    """One thread for what is done in the background, in the order in which it was submitted; started when there is something
+    to do, anew in a forked process."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._pid = 0
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
         self._pool: ThreadPoolExecutor | None = None
+        self._alone = False
+
+    @property
+    def lock(self) -> threading.Lock:
+        """For whoever submits. In a forked process a new one: who held the old one did not come along."""
+        if self._pid != os.getpid():
+            self._lock = threading.Lock()
+            self._pid, self._pool, self._alone = os.getpid(), None, False
+        return self._lock
 
     def submit(self, do: Callable[..., Any], *args: Any) -> Future[Any]:
         """Runs `do(*args)` after what was submitted before; at once, here, where no thread can be had."""
-        if self._pid != os.getpid():
-            self._pid, self._pool = os.getpid(), ThreadPoolExecutor(1, thread_name_prefix=self.name)
+        if self._pool is None and not self._alone:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix=self.name)
             try:
                 self._pool.submit(int)
             except RuntimeError:
-                self._pool = None  # no room for another thread
+                self._pool, self._alone = None, True  # no room for another thread
         if self._pool is not None:
             try:
                 return self._pool.submit(do, *args)
             except RuntimeError:
-                self._pool = None  # the interpreter is on its way out
+                self._pool, self._alone = None, True  # the interpreter is on its way out
         done: Future[Any] = Future()
         try:
             done.set_result(do(*args))
@@ -114,7 +125,6 @@ class PageFile:
         self.folder, self.in_flight = folder, in_flight
         self.bytes_written = 0
         self._pid = 0
-        self._lock = threading.Lock()
         self._worker = Worker("llama1m-write")
         self._source: PageSource | None = None
         self._begin()
@@ -145,7 +155,7 @@ class PageFile:
         Raises:
             OSError: an earlier page could not be written, or there is no file to write to. This page is as it was.
         """
-        with self._lock:
+        with self._worker.lock:
             source = self._open()
             while self._waiting and sum(n for _, n in self._waiting) + page.nbytes > self.in_flight:
                 self._settle_one()
@@ -178,7 +188,7 @@ class PageFile:
         Raises:
             OSError: some page could not be.
         """
-        with self._lock:
+        with self._worker.lock:
             if self._pid == os.getpid():
                 while self._waiting:
                     self._settle_one()

@@ -315,8 +315,8 @@ class StoredPage:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        tensors = {name: tensor.clone() for name, tensor in self.load().tensors().items()}
-        return page_of, (tensors,)
+        page = page_of({name: tensor.clone() for name, tensor in self.load().tensors().items()})
+        return Page, (page.k, page.v)
 
     def __repr__(self) -> str:
         return f"StoredPage({self.size} tokens, {self.nbytes} bytes in {self.source.name})"

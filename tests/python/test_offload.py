@@ -86,6 +86,11 @@ def float64(q, pages: list[Page], length: int, starts=None, ends=None, q_start: 
     return scores.softmax(-1).nan_to_num(0) @ v
 
 
+def same(a: Page, b: Page) -> bool:
+    pairs = zip(a.tensors().values(), b.tensors().values(), strict=True)
+    return all(torch.equal(stored.as_bytes(x.contiguous()), stored.as_bytes(y.contiguous())) for x, y in pairs)
+
+
 @pytest.fixture
 def file(tmp_path) -> PageFile:
     return PageFile(str(tmp_path))
@@ -233,6 +238,56 @@ def test_loading_runs_beside_computing(file, monkeypatch):
     assert error(out, in_memory(q, pages, layer.length)[0]) < 1e-6
 
 
+def test_the_next_layer_is_loaded_ahead(file, monkeypatch):
+    """After each layer the first pages of the one that came next last time are loaded, with nobody waiting for them."""
+    store = Store(1 << 20)
+    pages = [[make_page("model", 1, 2, 128, torch.float32, 10 * n + i) for i in range(4)] for n in range(3)]
+    layers = [Layer([*spilled(file, p, range(3)), p[3]][:4], 512, store) for p in pages]
+    for layer, p in zip(layers, pages, strict=True):
+        layer.pages[3] = p[3]
+    q = torch.randn(1, 2, 1, HEAD_DIM)
+    loaded: list[int] = []
+    read = PageSource.read
+    monkeypatch.setattr(PageSource, "read", lambda self, at, into: loaded.append(at) or read(self, at, into))
+
+    def run(layer: Layer, right: list[Page]) -> int:
+        """Pages loaded during the call, those that nobody asked for yet included."""
+        store.stream._worker.submit(int).result()
+        before = len(loaded)
+        assert error(offload.attention(q, layer), in_memory(q, right, layer.length)[0]) < 1e-6
+        store.stream._worker.submit(int).result()
+        return (len(loaded) - before) // 2
+
+    once = [run(*pair) for pair in zip(layers, pages, strict=True)]
+    again = [run(*pair) for _ in range(3) for pair in zip(layers, pages, strict=True)]
+    assert once == [3, 3, 3] and sum(again) in (27, 29) and again[3:] == [3] * 6
+    assert store.traffic.pages == 9 * 4
+    # Another one comes, in the place of the one expected: nothing wrong, and no page of it is taken for another's.
+    assert run(layers[2], pages[2]) >= 3
+    assert run(layers[0], pages[0]) >= 1
+    layers[1].pages[1], pages[1][1] = spilled(file, [pages[2][2]], (0,))[0], pages[2][2]
+    for n in (1, 2, 0, 1, 2):
+        run(layers[n], pages[n])
+    # A larger page than the buffers have room for.
+    large = make_page("model", 1, 2, 1024, torch.float32, 77)
+    layers[0].pages[2:], pages[0][2:] = spilled(file, [large, pages[0][3]], (0,)), [large, pages[0][3]]
+    layers[0].length = 256 + 1024 + 128
+    for n in (0, 1, 2, 0):
+        run(layers[n], pages[n])
+
+
+def test_threads_end_with_their_store(file):
+    layer = Layer(spilled(file, make_pages(), range(1, 7)), 800, Store(1 << 20))
+    offload.attention(torch.randn(1, 2, 1, HEAD_DIM), layer)
+    threads = [t for t in threading.enumerate() if t.name.startswith("llama1m-read")]
+    assert threads
+    del layer
+    gc.collect()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def test_two_threads_on_one_cache(file):
     pages = make_pages("int8", count=10)
     store = Store(1 << 20)
@@ -324,15 +379,16 @@ def test_copies_of_a_store_have_files_of_their_own(tmp_path):
         assert (other.budget, other.folder, other.layers, other.share) == (1 << 20, str(tmp_path), 2, store.share)
 
 
-def test_stored_pages_copy_and_pickle(file):
-    page = make_page("k8v4", 1, 2, 192, torch.float32, 0)
+@pytest.mark.parametrize("kv", ["model", "k8v4", "fp8"])
+def test_stored_pages_copy_and_pickle(file, kv):
+    page = make_page(kv, 1, 2, 192, torch.float32, 0)
     kept = spilled(file, [page], (0,))[0]
     assert copy.deepcopy(kept) is kept and copy.copy(kept) is kept
     unpickled = pickle.loads(pickle.dumps(kept))
     narrowed = kept.narrow(64, 130)
     assert type(unpickled) is Page and narrowed.size == 66
     for found, right in ((unpickled, page), (narrowed.load(), page.narrow(64, 130)), (kept.load(), page)):
-        assert all(torch.equal(a, b) for a, b in zip(found.tensors().values(), right.tensors().values(), strict=True))
+        assert same(found, right)
     assert narrowed.narrow(64, 66).load().size == 2
     with pytest.raises(ValueError, match="expected 0 <= start <= end <= 66, got 1 and 67"):
         narrowed.narrow(1, 67)
@@ -488,17 +544,26 @@ def test_a_forked_process_reads_and_does_not_overwrite(run_python, tmp_path):
 import gc, os, torch
 torch.set_num_threads(1)
 from llama1m_ext.formats import Page
-from llama1m_ext.offload import PageFile
+from llama1m_ext.offload import PageFile, Store, attention
+
+class layer:
+    store = Store(1 << 20)
 
 def page(x):
     return Page(torch.full((1, 2, 512, 64), float(x)), torch.full((1, 2, 512, 64), -float(x)))
 
 def right(kept):
+    layer.length = 512 * len(kept)
+    layer.pages = [p for _, p in kept]
+    out = attention(torch.zeros(1, 2, 1, 64), layer)  # the mean of all values, streamed
+    if not torch.allclose(out, torch.full_like(out, -sum(i for i, _ in kept) / len(kept)), rtol=1e-4):
+        return False
     return all(bool((p.load().k == i).all() and (p.load().v == -i).all()) for i, p in kept)
 
 file = PageFile(os.environ["FOLDER"])
 kept = [(i, file.put(page(i))) for i in range(8)]
 file.flush()
+assert right(kept) and right(kept) and layer.store.stream._coming  # some pages are loaded ahead already
 there, here = os.pipe(), os.pipe()
 pid = os.fork()
 if pid == 0:
@@ -598,7 +663,7 @@ def test_a_map_and_a_buffer_give_the_same(saved, monkeypatch):
     mapped, read = opened(True), opened(False)
     buffer = torch.empty(read.nbytes + 5, dtype=torch.uint8)
     for found in (mapped.load(), read.load(), read.load(buffer)):
-        assert all(torch.equal(a, b) for a, b in zip(found.tensors().values(), page.tensors().values(), strict=True))
+        assert same(found, page)
     assert mapped.load() is mapped.load()
     with pytest.raises(ValueError, match="buffer: expected at least"):
         read.load(buffer[:100])
@@ -690,15 +755,16 @@ def test_memory_stays_within_the_budget(tmp_path):
     assert 50_000 < cache.nbytes + store.stream.nbytes + store.file.in_flight <= 300_000
 
 
-def test_what_is_done_with_caches_works_from_disk(tmp_path):
+@pytest.mark.parametrize("kv", ["model", "int8", "fp8"])
+def test_what_is_done_with_caches_works_from_disk(tmp_path, kv):
     """Cropped, gone on with, copied, pickled, reordered, as dense tensors: as in memory."""
     model = tiny_model()
     ids = random_ids(2, 700)
     caches = []
     for on_disk in (False, True):
-        set_options(model, kv="model", offload=None, chunk=128, min_layer_major_len=200)
+        set_options(model, kv=kv, offload=None, chunk=128, min_layer_major_len=200)
         if on_disk:
-            offloaded(model, tmp_path, kv_memory=100_000)
+            offloaded(model, tmp_path, kv, kv_memory=50_000)
         cache = LongCache()
         seen = []
         with torch.no_grad():
