@@ -105,6 +105,12 @@ class Call:
         decide_format(self)
         self.rope = Rope(self.model.rotary_emb, embeds, self.position_ids, self.layers[0].self_attn.head_dim)
 
+    def skip(self, n: int) -> None:
+        """The first n tokens of the call are in the cache already."""
+        self.past_len += n
+        self.q_len -= n
+        self.position_ids = self.position_ids[:, n:]
+
     @property
     def is_plain(self) -> bool:
         """Whether nothing is padded, and positions are what they are by default: then keys and values are those of the

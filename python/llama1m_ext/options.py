@@ -40,6 +40,8 @@ class Options:
         offload_dir: the folder of that file. None: where temporary files go.
         checkpoint: a folder. A long prefill leaves there what it needs to go on after a kill, layer by layer.
         remember: a folder. Prompts read are kept there, and a prompt that begins as a kept one goes on from it.
+        remember_bytes: bytes that the kept prompts in that folder may take, as an int or "100GiB"; those not used for the
+            longest time are removed for new ones. `"auto"`: half of what is free on the disk and what they take already.
         replace_sdpa: serve the model also where `attn_implementation="sdpa"` was asked for by name (which otherwise
             gets transformers' own sdpa, as any other name does).
 
@@ -57,6 +59,7 @@ class Options:
     offload_dir: str | None = None
     checkpoint: str | None = None
     remember: str | None = None
+    remember_bytes: int | str = "auto"
     replace_sdpa: bool = False
 
     def __post_init__(self) -> None:
@@ -74,8 +77,9 @@ class Options:
             KvFormat.parse(self.kv)
         if self.offload not in ("auto", "host", "disk", None):
             raise ValueError(f'offload: expected "auto", "host", "disk" or None, got {self.offload!r}')
-        if self.kv_memory != "auto":
-            parse_bytes("kv_memory", self.kv_memory)
+        for name in ("kv_memory", "remember_bytes"):
+            if getattr(self, name) != "auto":
+                parse_bytes(name, getattr(self, name))
         for name in ("offload_dir", "checkpoint", "remember"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):

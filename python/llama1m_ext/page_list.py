@@ -77,21 +77,29 @@ class PageList:
             ValueError: too few tokens, or no dense page to tell the kind from.
         """
         made = cls(page_size, kv)
+        made.begin_with(pages, length, kind)
+        return made
+
+    def begin_with(self, pages: Sequence[Page | Stored], length: int, kind: Kind | None = None) -> None:
+        """Somebody else's pages, which are never written to, are the first tokens of a list that has none yet.
+
+        Args, Raises:
+            As `of_pages`.
+        """
         total = sum(page.size for page in pages)
         if not 0 <= length <= total:
             raise ValueError(f"length: expected 0 to {total}, the tokens of the pages, got {length}")
-        made.pages = list(pages)
-        made.capacity, made.length = total, length
-        made._close()
-        if kind is None and made.pages:
-            first = loaded(made.pages[0])
+        self.pages = list(pages)
+        self.capacity, self.length = total, length
+        self._close()
+        if kind is None and self.pages:
+            first = loaded(self.pages[0])
             if not is_dense(first):
                 raise ValueError("kind: expected it to be given where the first page is compact, got None")
-            kind = Kind.of(first.k, first.v)  # type: ignore[arg-type]
+            kind = Kind.of(first.k, first.v)
         if kind is not None:
-            made._note(kind)
-        made._lent = length
-        return made
+            self._note(kind)
+        self._lent = length
 
     # -- the format --------------------------------------------------------------------------------------------------
 

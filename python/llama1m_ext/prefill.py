@@ -31,7 +31,7 @@ def is_long(call: Call, embeds: Tensor | None) -> bool:
         return False
     if n < limit if limit != "auto" else n <= _chunk(call, embeds):
         return False
-    return not _watched(call)
+    return not watched(call)
 
 
 def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int) -> Tensor:
@@ -145,7 +145,7 @@ def _chunk(call: Call, embeds: Tensor | None) -> int:
     return chunk_len(call.model.config, call.batch, dtype.itemsize)
 
 
-def _watched(call: Call) -> bool:
+def watched(call: Call) -> bool:
     """Whether something would notice chunks: hooks, or modules that are not the ones whose work we know."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
