@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import patch as _patch
 from .options import Options, options, set_options
 from .patch import disable, enable, patch_model
+from .remember import forget, remember
 from .stats import Stats, stats
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ __all__ = [
     "cache",
     "disable",
     "enable",
+    "forget",
     "ops",
     "options",
     "patch_model",
+    "remember",
     "set_options",
     "stats",
 ]

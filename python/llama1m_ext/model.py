@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from .cache import LongCache
 from .call import KEEP, MARK, Call, NotServed, check_matrix_fits, is_ours, open_call
 from .prefill import is_long, layer_major
 from .stats import count
+
+if TYPE_CHECKING:
+    from .shelf import Shelf
 
 Forward = Callable[..., Any]
 # What a user does on purpose, or what is no matter of ours: no warning for these.
@@ -70,6 +73,12 @@ def model_forward(original: Forward, owner: type) -> Forward:
     return forward
 
 
+def _shelf_of(call: Call, ids: Tensor | None) -> Shelf | None:
+    from .shelf import shelf_of  # only who remembers needs what reads and writes files
+
+    return shelf_of(call, ids)
+
+
 def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
     """The model's output, or `NotServed`.
 
@@ -81,6 +90,12 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
     want_all = given.get("output_hidden_states")
     want_all = config.output_hidden_states if want_all is None else want_all
     states: tuple[Tensor, ...] | None = None
+    shelf = None if call.options.remember is None or call.past_len else _shelf_of(call, ids)
+    whole, taken, places = ids, 0, given.get("cache_position")
+    if shelf is not None and keep > 0 and not want_all:
+        assert ids is not None
+        taken = shelf.take(call, ids, keep)
+        ids, places = ids[:, taken:], None if places is None else places[taken:]
     if not want_all and is_long(call, embeds):
         hidden = layer_major(call, ids, embeds, keep)
         count(model, layer_major=1)
@@ -89,7 +104,7 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
         call.begin(hidden)
         for page in call.pages or ():
             page.expect(call.past_len + call.q_len, call.scratch)
-        more = {} if given.get("cache_position") is None else {"cache_position": given["cache_position"]}
+        more = {} if places is None else {"cache_position": places}
         seen = [hidden]
         for layer in call.layers:
             hidden = layer(
@@ -107,9 +122,11 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
         hidden = model.norm(hidden)
         if want_all:
             states = (*seen[:-1], hidden)
-    count(model, served=call.served, computed=call.batch * call.q_len)
+    count(model, served=call.served, computed=call.batch * call.q_len, reused=taken)
     if isinstance(call.cache, LongCache):
-        call.cache._note(ids if call.is_plain else None, call.past_len)
+        call.cache._note(whole if call.is_plain else None, call.past_len - taken)
+    if shelf is not None and whole is not None:
+        shelf.keep(call, whole, taken)
     result = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=call.cache, hidden_states=states)
     as_dict = given.get("return_dict")
     as_dict = getattr(config, "return_dict", True) if as_dict is None else as_dict
