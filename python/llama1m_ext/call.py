@@ -149,7 +149,8 @@ def decide_format(call: Call) -> None:
             room = (available_bytes() or 2 << 30) // 2 if budget == "auto" else parse_bytes("kv_memory", budget)
             store = offload.Store(room, call.options.offload_dir, len(layers))
         for layer in layers:
-            layer.store = layer.store or store
+            if layer.store is None:
+                layer.keep_in(store)
 
 
 def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:

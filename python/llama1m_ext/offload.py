@@ -98,7 +98,8 @@ class Store:
         the layer's share goes.
 
         Args:
-            layer: with `pages`, `settled` (so many of the first are not written to any more) and `replace(index, page)`.
+            layer: with `pages`, `settled` (so many of the first are not written to any more), `replace(index, page)` and
+                `split(index, size)`.
 
         Raises:
             OSError: the disk is full, or the folder is not there. The pages are in memory then.
@@ -110,14 +111,19 @@ class Store:
         if last is not None and last() is pages[end - 1] and count == len(pages):
             return  # nothing new: each decoded token comes here
         taken = sum(page.nbytes for page in pages[end:] if type(page) is Page)
-        for i in range(end):
-            page = pages[i]
-            if type(page) is not Page:
-                continue
-            if taken + page.nbytes <= self.share:
-                taken += page.nbytes
-            else:
-                layer.replace(i, self.file.put(page))
+        i = 0
+        while i < layer.settled:
+            page = layer.pages[i]
+            if type(page) is Page:
+                if taken + page.nbytes <= self.share:
+                    taken += page.nbytes
+                else:
+                    size = self.page_tokens(page.nbytes / page.size)
+                    if page.size > 2 * size:  # from a time without a store
+                        layer.split(i, size)
+                        continue
+                    layer.replace(i, self.file.put(page))
+            i += 1
         self._seen[layer] = weakref.ref(layer.pages[end - 1]), len(layer.pages)
 
     def flush(self) -> None:

@@ -273,6 +273,12 @@ class PageList:
             self._open = None
         self.pages[index] = page
 
+    def split(self, index: int, size: int) -> None:
+        """Cuts a settled page into pages of `size` tokens, a multiple of 64: views of its memory."""
+        page = self.pages[index]
+        self.replace(index, page)  # which checks, and closes it
+        self.pages[index : index + 1] = [part_of(page, a, min(a + size, page.size)) for a in range(0, page.size, size)]
+
     def snapshot(self) -> dict[str, Any]:
         """The present state, for `restore`: valid until tokens that it has are forgotten, or rows are reordered."""
         return {**self.__dict__, "pages": list(self.pages)}

@@ -42,6 +42,14 @@ class SealedList(PageList):
         self.store: Store | None = None
         super().__init__(page_size, kv, **kwargs)
 
+    def keep_in(self, store: Store) -> None:
+        """From now on pages go where the store says, those that are there already at the next `seal`."""
+        self.store, self._open = store, None
+        if not self._compact and self.pages:
+            last = self.pages[-1]
+            if isinstance(last, Page) and last.nbytes > store.page_bytes:
+                self._close()  # too large to wait until it is full
+
     @property
     def _compact(self) -> bool:
         return not self.format.is_model and self.kind is not None and self.kind.can_be_compact
