@@ -196,10 +196,16 @@ pub unsafe fn softmax<D: Dot, const R: usize, const UNITS: bool>(a: &Block) {
         let s = a.s.add(r * BLOCK);
         let hi = (*a.hi.add(r)).min(a.n as i32);
         let mut top = D::V::splat(f32::NEG_INFINITY);
-        for i in (0..a.n).step_by(lanes) {
-            let x = D::V::load(s.add(i)).keep_below(i as i32, hi);
-            x.store(s.add(i));
-            top = top.max(x);
+        if hi == BLOCK as i32 {
+            for i in (0..BLOCK).step_by(lanes) {
+                top = top.max(D::V::load(s.add(i)));
+            }
+        } else {
+            for i in (0..a.n).step_by(lanes) {
+                let x = D::V::load(s.add(i)).keep_below(i as i32, hi);
+                x.store(s.add(i));
+                top = top.max(x);
+            }
         }
         let new = top.reduce_max() * a.scale;
         let old = *a.m.add(r);

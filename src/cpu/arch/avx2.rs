@@ -155,19 +155,45 @@ unsafe impl Vector for V {
     }
     #[inline(always)]
     unsafe fn load_e4m3(p: *const u8) -> Self {
-        let x = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
-        let magnitude = _mm256_slli_epi32::<20>(_mm256_and_si256(x, _mm256_set1_epi32(0x7f)));
-        let normal = _mm256_castsi256_ps(_mm256_add_epi32(magnitude, _mm256_set1_epi32(120 << 23)));
-        let small = _mm256_castsi256_ps(_mm256_add_epi32(magnitude, _mm256_set1_epi32(121 << 23)));
-        let small = _mm256_sub_ps(small, _mm256_set1_ps(0.015_625));
-        let is_small = _mm256_cmpeq_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0x78)), _mm256_setzero_si256());
-        let y = _mm256_blendv_ps(normal, small, _mm256_castsi256_ps(is_small));
-        Self(_mm256_or_ps(y, _mm256_and_ps(_mm256_castsi256_ps(x), _mm256_set1_ps(-0.0))))
+        e4m3(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn unit_i8(p: *const u8, i: usize) -> Self {
+        Self(_mm256_cvtepi32_ps(signed_byte(p, i)))
+    }
+    #[inline(always)]
+    unsafe fn unit_e4m3(p: *const u8, i: usize) -> Self {
+        e4m3(signed_byte(p, i))
+    }
+    #[inline(always)]
+    unsafe fn unit_low4(p: *const u8, shift: u32) -> Self {
+        let x = _mm256_srl_epi32(_mm256_loadu_si256(p.cast()), _mm_cvtsi32_si128(shift as i32));
+        let x = _mm256_and_si256(x, _mm256_set1_epi32(15));
+        Self(_mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8))))
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
+}
+
+/// Byte `i` of 8 units of 32 bits.
+#[inline(always)]
+unsafe fn signed_byte(p: *const u8, i: usize) -> __m256i {
+    let x = _mm256_sll_epi32(_mm256_loadu_si256(p.cast()), _mm_cvtsi32_si128(24 - 8 * i as i32));
+    _mm256_srai_epi32::<24>(x)
+}
+
+/// Sign-extended e4m3 to float32.
+#[inline(always)]
+unsafe fn e4m3(x: __m256i) -> V {
+    let magnitude = _mm256_slli_epi32::<20>(_mm256_and_si256(x, _mm256_set1_epi32(0x7f)));
+    let normal = _mm256_castsi256_ps(_mm256_add_epi32(magnitude, _mm256_set1_epi32(120 << 23)));
+    let small = _mm256_castsi256_ps(_mm256_add_epi32(magnitude, _mm256_set1_epi32(121 << 23)));
+    let small = _mm256_sub_ps(small, _mm256_set1_ps(0.015_625));
+    let is_small = _mm256_cmpeq_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0x78)), _mm256_setzero_si256());
+    let y = _mm256_blendv_ps(normal, small, _mm256_castsi256_ps(is_small));
+    V(_mm256_or_ps(y, _mm256_and_ps(_mm256_castsi256_ps(x), _mm256_set1_ps(-0.0))))
 }
 
 mod base {

@@ -138,14 +138,22 @@ unsafe impl Vector for V {
     #[inline(always)]
     unsafe fn load_e4m3(p: *const u8) -> Self {
         let x = vreinterpret_s8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
-        let x = vreinterpretq_u32_s32(vmovl_s16(vget_low_s16(vmovl_s8(x))));
-        let magnitude = vshlq_n_u32::<20>(vandq_u32(x, vdupq_n_u32(0x7f)));
-        let normal = vreinterpretq_f32_u32(vaddq_u32(magnitude, vdupq_n_u32(120 << 23)));
-        let small = vreinterpretq_f32_u32(vaddq_u32(magnitude, vdupq_n_u32(121 << 23)));
-        let small = vsubq_f32(small, vdupq_n_f32(0.015_625));
-        let is_small = vceqzq_u32(vandq_u32(x, vdupq_n_u32(0x78)));
-        let y = vreinterpretq_u32_f32(vbslq_f32(is_small, small, normal));
-        Self(vreinterpretq_f32_u32(vorrq_u32(y, vandq_u32(x, vdupq_n_u32(0x8000_0000)))))
+        e4m3(vmovl_s16(vget_low_s16(vmovl_s8(x))))
+    }
+    #[inline(always)]
+    unsafe fn unit_i8(p: *const u8, i: usize) -> Self {
+        Self(vcvtq_f32_s32(signed_byte(p, i)))
+    }
+    #[inline(always)]
+    unsafe fn unit_e4m3(p: *const u8, i: usize) -> Self {
+        e4m3(signed_byte(p, i))
+    }
+    #[inline(always)]
+    unsafe fn unit_low4(p: *const u8, shift: u32) -> Self {
+        // USHL by a negative count shifts to the right.
+        let x = vshlq_u32(vreinterpretq_u32_u8(vld1q_u8(p)), vdupq_n_s32(-(shift as i32)));
+        let x = vreinterpretq_s32_u32(vandq_u32(x, vdupq_n_u32(15)));
+        Self(vcvtq_f32_s32(vsubq_s32(x, vdupq_n_s32(8))))
     }
     #[inline(always)]
     unsafe fn sum16(v: &[Self; 16], out: *mut f32) {
@@ -155,6 +163,26 @@ unsafe impl Vector for V {
             vst1q_f32(out.add(4 * h), vpaddq_f32(a, b));
         }
     }
+}
+
+/// Byte `i` of 4 units of 32 bits.
+#[inline(always)]
+unsafe fn signed_byte(p: *const u8, i: usize) -> int32x4_t {
+    let x = vshlq_s32(vreinterpretq_s32_u8(vld1q_u8(p)), vdupq_n_s32(24 - 8 * i as i32));
+    vshrq_n_s32::<24>(x)
+}
+
+/// Sign-extended e4m3 to float32.
+#[inline(always)]
+unsafe fn e4m3(x: int32x4_t) -> V {
+    let x = vreinterpretq_u32_s32(x);
+    let magnitude = vshlq_n_u32::<20>(vandq_u32(x, vdupq_n_u32(0x7f)));
+    let normal = vreinterpretq_f32_u32(vaddq_u32(magnitude, vdupq_n_u32(120 << 23)));
+    let small = vreinterpretq_f32_u32(vaddq_u32(magnitude, vdupq_n_u32(121 << 23)));
+    let small = vsubq_f32(small, vdupq_n_f32(0.015_625));
+    let is_small = vceqzq_u32(vandq_u32(x, vdupq_n_u32(0x78)));
+    let y = vreinterpretq_u32_f32(vbslq_f32(is_small, small, normal));
+    V(vreinterpretq_f32_u32(vorrq_u32(y, vandq_u32(x, vdupq_n_u32(0x8000_0000)))))
 }
 
 mod base {
