@@ -857,6 +857,15 @@ def test_a_full_disk_leaves_the_cache_as_it_was(tmp_path, monkeypatch):
     assert torch.equal(found.sequences, right.sequences)
 
 
+@pytest.fixture
+def one_thread():
+    """More would wait for each other where other programs are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 LIMITED = """
 import gc, json, os, resource
 import torch
@@ -886,7 +895,7 @@ else:
     "kv, layers, tokens, room",
     [("model", 24, 2048, 28), pytest.param("int8", 40, 6144, 48, marks=pytest.mark.slow)],
 )
-def test_a_cache_larger_than_a_hard_limit(run_python, tmp_path, kv, layers, tokens, room):
+def test_a_cache_larger_than_a_hard_limit(run_python, tmp_path, one_thread, kv, layers, tokens, room):
     """A process gets `room` MiB of address space beyond what it has: too little for the cache, but it works from disk."""
     shape = {"num_hidden_layers": layers, "hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 4}
     model = tiny_model(**shape)
