@@ -909,5 +909,6 @@ def test_a_cache_larger_than_a_hard_limit(run_python, tmp_path, one_thread, kv, 
         return json.loads(run_python(LIMITED, ASKED=json.dumps(asked), TMPDIR=str(tmp_path)).splitlines()[-1])
 
     ours = torch.tensor(run("disk")["logits"])
-    assert error(ours, right) < 1e-5 * right.std()
+    assert torch.equal(ours.argmax(-1), right.argmax(-1))
+    assert error(ours, right) < layers * 2e-6 * right.std()  # each layer rounds what the one before it gives
     assert "memory" in run(None)["error"]
