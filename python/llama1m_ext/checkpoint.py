@@ -40,6 +40,8 @@ SHARE = 0.04
 written together with a later one."""
 RATE = 500e6
 """Bytes a second that are assumed to be written, until it is known."""
+LATENCY = 0.05
+"""Seconds that are assumed to go by however little is written."""
 _STATE = "state.safetensors"
 _META = "llama1m.checkpoint"
 _BLOCK = 64 << 20
@@ -79,6 +81,7 @@ class Checkpoint:
         self._past = [(list(page.pages), page.length) for page in call.pages or ()]
         self._run = uuid.uuid4().hex
         self._written = 0  # layers on disk
+        self._failed = False
         self._since, self._rate = time.monotonic(), RATE
         if call.options.checkpoint is None or len(call.layers) < 2:
             return
@@ -200,14 +203,14 @@ class Checkpoint:
         Args:
             hidden: `[batch, n, hidden]` after it.
         """
-        if self.folder is None or i + 1 == len(self.call.layers):
+        if self.folder is None or self._failed or i + 1 == len(self.call.layers):
             return
         pages = self.call.pages or []
         waiting = [self._parts(j) for j in range(self._written, i + 1)] if pages else []
         size = hidden.numel() * hidden.element_size()
         size += sum(part.nbytes for parts, _ in waiting for part, _ in parts)
         began = time.monotonic()
-        if size / self._rate > SHARE * (began - self._since):
+        if LATENCY + size / self._rate > SHARE * (began - self._since):
             return
         try:
             for j, (parts, kept) in enumerate(waiting, self._written):
@@ -225,7 +228,7 @@ class Checkpoint:
         except (OSError, ValueError) as e:
             # What is there stays valid, and may be gone on from.
             _warn(f"no more checkpoints of this prefill: {e}")
-            self._release()
+            self._failed = True
             return
         self._written = i + 1
         self._since = time.monotonic()

@@ -7,7 +7,6 @@ file, seen through a memory map, which nobody copies.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import shutil
 import threading
@@ -144,9 +143,9 @@ class Shelf:
             self._kept.pop(name, None)
             # What is the beginning of the new one is of no more use.
             for other, kept in list(self._files()):
-                if other != name and kept.cache is not None and kept.cache.format == kv:
-                    if len(kept.ids) <= n and _common(kept.ids, ids[0]) == len(kept.ids):
-                        (self.folder / other).unlink(missing_ok=True)
+                same = other != name and kept.cache is not None and kept.cache.format == kv
+                if same and len(kept.ids) <= n and _common(kept.ids, ids[0]) == len(kept.ids):
+                    (self.folder / other).unlink(missing_ok=True)
 
     def _files(self) -> Iterator[tuple[str, _Kept]]:
         """The files of this model, opened."""
