@@ -73,6 +73,7 @@ class SealedList(PageList):
             self._seal()
         elif self._borrowed:
             self._spread()
+        self._scratch, self._expected = None, 0
         if self.store is not None:
             self.store.settle(self)
 
@@ -134,6 +135,7 @@ class SealedList(PageList):
             run: Any = self.pages[index:]
             self.pages[index:] = [gathered(run, 0, used, size) if run else new_page(MODEL, size, k, v)]
             self.capacity = start + size
+            self._lent = min(self._lent, start)
         else:
             self._borrow(need, k, v)
 
@@ -166,6 +168,7 @@ class SealedList(PageList):
         if run:
             pages.append(gathered(run, done, used, _tail_size(start + done)))
         self._sealed(pages, opened)
+        self._lent = min(self._lent, start)  # what came after lies elsewhere now
 
     def _spread(self) -> None:
         """In the model's own format with a store: borrowed memory becomes pages of the size that the store wants."""
@@ -174,6 +177,7 @@ class SealedList(PageList):
         pages = self.pages[:-1]
         self._append_pages(MODEL, pages, None, run, 0, run[0].size)
         self._sealed(pages, None)
+        self._lent = min(self._lent, self.length - run[0].size)
 
     def _sealed(self, pages: list[Page | Stored], opened: Page | None) -> None:
         # Only now, when nothing can fail any more.
@@ -181,7 +185,7 @@ class SealedList(PageList):
         self.capacity = sum(page.size for page in pages)
         if self._borrowed and self._scratch is not None:
             self._scratch.give_back()
-        self._borrowed, self._scratch, self._expected = False, None, 0
+        self._borrowed = False
 
     def _append_pages(
         self,

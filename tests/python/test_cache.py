@@ -109,6 +109,21 @@ def test_any_sequence_of_operations(page_size, todo, batch):
         assert torch.equal(view, then), "keys that were handed out changed under their holder"
 
 
+@pytest.mark.parametrize("then", ["append", "reorder", "fewer, then more"])
+def test_a_view_that_was_handed_out_stays_as_it_is(then):
+    layer = PagedLayer()
+    layer.append(*new_tokens(2, 10, 0))
+    views = [layer.keys, layer.values]
+    before = [x.clone() for x in views]
+    assert views[0].data_ptr() == layer.pages[0].k.data_ptr()
+    if then == "reorder":
+        layer.reorder_cache(torch.tensor([1, 0]))
+    elif then == "fewer, then more":
+        layer.truncate(7)
+    layer.append(*new_tokens(2, 9, 1))
+    assert all(torch.equal(a, b) for a, b in zip(views, before, strict=True))
+
+
 def test_decode_appends_in_place():
     layer = PagedLayer()
     layer.expect(1000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -261,10 +262,13 @@ def test_memory(kv):
 
 def test_scratch_is_one_for_all_layers(model):
     llama1m_ext.set_options(model, chunk=100, kv="int8")
-    made = []
-    make = dense.new_page
+    made, alive = [], []
 
     class Watched(dense.Scratch):
+        def __init__(self):
+            super().__init__()
+            alive.append(weakref.ref(self))
+
         def take(self, tokens, k, v):
             page = super().take(tokens, k, v)
             made.append(page.k.untyped_storage().data_ptr())
@@ -278,7 +282,8 @@ def test_scratch_is_one_for_all_layers(model):
     assert len(made) == 2 and len(set(made)) == 1
     kept = {t.untyped_storage().data_ptr() for p in pages(out.past_key_values) for t in p.tensors().values()}
     assert not kept & set(made)
-    assert make is dense.new_page
+    gc.collect()
+    assert all(ref() is None for ref in alive), "the prompt's scratch memory outlives its call"
 
 
 class Stop(Exception):

@@ -37,13 +37,20 @@ def check(layer, keys, values) -> None:
     torch.testing.assert_close(offload.attention(q, layer), ops.attention(q, k, v), rtol=1e-3, atol=1e-4)
 
 
+def in_several_pages(page_size, kv, keys, values):
+    layer = PagedLayer(page_size, KvFormat.parse(kv))
+    for a, b in ((0, 500), (500, 820), (820, 1200)):
+        layer.update(keys[:, :, a:b], values[:, :, a:b])
+    assert len(layer.pages) > 3, "expected more than one compact page"
+    return layer
+
+
 @pytest.mark.parametrize("kv", ["int8", "int4", "model/fp8"])
 @pytest.mark.parametrize("page_size", ["auto", 100])
 def test_crop_anywhere_then_append(kv, page_size):
     keys, values = new_tokens(2, 1200, 0, 80)
-    for length in [0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 256, 300, 575, 576, 577, 640, 700, 1151, 1152, 1153]:
-        layer = PagedLayer(page_size, KvFormat.parse(kv))
-        layer.update(keys, values)
+    for length in [0, 1, 63, 64, 65, 128, 129, 191, 192, 448, 511, 512, 513, 575, 576, 577, 640, 700, 1023, 1024, 1025]:
+        layer = in_several_pages(page_size, kv, keys, values)
         layer.truncate(length)
         k, v = keys[:, :, :length], values[:, :, :length]
         for step, n in enumerate((1, 62, 1, 1, 200, 320, 400)):
@@ -52,7 +59,7 @@ def test_crop_anywhere_then_append(kv, page_size):
             k, v = torch.cat([k, more[0]], 2), torch.cat([v, more[1]], 2)
         check(layer, k, v)
         # Growing costs no page for each step, however it was cropped.
-        assert len(layer.pages) <= 6 + (0 if page_size == "auto" else layer.length // 128)
+        assert len(layer.pages) <= 8 + (0 if page_size == "auto" else layer.length // 128)
 
 
 operations = st.lists(
@@ -77,7 +84,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kv=st.sampled_from(FORMATS),
     page_size=st.sampled_from(["auto", 1, 64, 150]),
@@ -151,6 +158,69 @@ def test_any_sequence_of_operations(kv, page_size, todo, batch, head_dim):
             check(layer, keys, values)
     for found, then in held:
         assert same_bits(found, then), "what was handed out changed under its holder"
+
+
+@pytest.mark.parametrize("kv", ["int8", "model/int4"])
+@pytest.mark.parametrize("back_to", [640, 700, 1024, 1030, 1100, 1190])
+@pytest.mark.parametrize("how", ["truncate", "restore"])
+def test_what_is_shared_stays_as_it_is(kv, back_to, how):
+    keys, values = new_tokens(2, 1200, 0)
+    layer = in_several_pages("auto", kv, keys[:, :, :1200], values[:, :, :1200])
+    snapshot = None
+    if how == "restore":
+        layer.truncate(back_to)
+        keys, values = keys[:, :, :back_to], values[:, :, :back_to]
+        snapshot = layer.snapshot()
+        for seed in (3, 4, 5):
+            layer.update(*new_tokens(2, 170, seed))
+    shared = layer.share(layer.length)
+    found = [t for p in shared for t in p.tensors().values()]
+    before = [t.clone() for t in found]
+    other = PagedLayer.of_pages(shared, layer.length, layer.format)
+    if snapshot is not None:
+        layer.restore(snapshot)
+    else:
+        layer.truncate(back_to)
+        keys, values = keys[:, :, :back_to], values[:, :, :back_to]
+    for seed, n in enumerate((3, 90, 170, 200)):
+        for one in (layer, other):
+            one.update(*new_tokens(2, n, seed + (one is other) * 10))
+    assert same_bits(found, before)
+    check(
+        layer,
+        *(
+            torch.cat([x, *(new_tokens(2, n, s)[i] for s, n in enumerate((3, 90, 170, 200)))], 2)
+            for i, x in enumerate((keys, values))
+        ),
+    )
+
+
+def test_a_copy_is_gone_on_with_by_itself():
+    keys, values = new_tokens(2, 1200, 0)
+    layer = in_several_pages("auto", "int8", keys, values)
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        again.reorder_cache(torch.tensor([1, 0]))
+        more = new_tokens(2, 500, 1)
+        again.update(*more)
+        check(again, torch.cat([keys[[1, 0]], more[0]], 2), torch.cat([values[[1, 0]], more[1]], 2))
+        assert again.nbytes < layer.nbytes + 600 * layer.format.token_bytes(HEADS, 16, 4) * 2
+    check(layer, keys, values)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(64,), (3, 61, 64), (30, 30, 30, 30, 8), (1,) * 64, (70, 1, 57), (100, 27, 1, 64), (65, 62, 1)]
+)
+def test_groups_of_a_run(sizes):
+    keys, values = new_tokens(1, sum(sizes) + 5, 0)
+    at, run = 0, []
+    for i, n in enumerate(sizes):
+        n += 5 * (i == 0)  # begin in the middle of a page
+        run.append(Page(keys[:, :, at : at + n], values[:, :, at : at + n]))
+        at += n
+    found = list(dense.groups(run, 5, at))
+    assert all(k.shape == v.shape and k.shape[2] % 64 == 0 for k, v in found)
+    for i, x in enumerate((keys, values)):
+        assert torch.equal(torch.cat([pair[i] for pair in found], 2), x[:, :, 5:])
 
 
 def test_pages_are_few_when_tokens_come_one_by_one():
