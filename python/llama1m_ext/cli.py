@@ -98,6 +98,41 @@ def bench_decode(
     _write_report(decode.run(plan), json_file, plot)
 
 
+@bench.command("kv")
+def bench_kv(
+    formats: Annotated[str, typer.Option(help="KV formats, comma-separated, model first.")] = (
+        "model,int8,fp8,int8/int4,int4"
+    ),
+    dtype: Annotated[str, typer.Option(help="The model's dtype: bf16, f32 or f16.")] = "bf16",
+    kv_len: Annotated[str, typer.Option(help="Lengths of the history, comma-separated.")] = "131072",
+    heads: Annotated[str, typer.Option(help="q_heads x kv_heads x head_dim.")] = "32x8x128",
+    peers: Annotated[str, typer.Option(help="Backends of transformers' QuantizedCache: quanto, hqq.")] = "",
+    peer_len: Annotated[int, typer.Option(min=64, help="Length of the history for these.")] = 4096,
+    quality: Annotated[bool, typer.Option("--quality", help="Answers instead of speed, on the demo model.")] = False,
+    tokens: Annotated[int, typer.Option(min=1024, help="With --quality: length of the text.")] = 16384,
+    threads: Threads = None,
+    rounds: Rounds = 9,
+    quick: Quick = False,
+    clock: ClockName = "wall",
+    json_file: JsonFile = None,
+) -> None:
+    """KV formats: bytes, errors, decode and writing speed; with --quality needles and perplexity."""
+    if quality:
+        from llama1m_ext.bench import kv_quality
+
+        print(kv_quality.HEADER)
+        rows = kv_quality.quality(tokens, *((4, 128) if quick else ()))
+        _write_json(json_file, {"bench": "kv quality", "tokens": tokens, "rows": rows})
+        return
+    from llama1m_ext.bench import kv
+
+    try:
+        plan = kv.plan(formats, dtype, kv_len, heads, peers, peer_len, threads, rounds, quick, clock)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _write_json(json_file, kv.run(plan))
+
+
 @app.command()
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
