@@ -151,6 +151,10 @@ def decide_format(call: Call) -> None:
         for layer in layers:
             if layer.store is None:
                 layer.keep_in(store)
+    if call.q_len > 1 and layers and layers[0].store is not None:
+        heads, head_dim = call.model.config.num_key_value_heads, call.layers[0].self_attn.head_dim
+        token = call.batch * layers[0].format.token_bytes(heads, head_dim, call.model.dtype.itemsize)
+        layers[0].store.check_room(token, call.past_len + call.q_len)
 
 
 def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:

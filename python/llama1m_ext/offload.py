@@ -82,6 +82,20 @@ class Store:
         """
         return max(GROUP, int(self.page_bytes / token_bytes) // GROUP * GROUP)
 
+    def check_room(self, token_bytes: float, tokens: int) -> None:
+        """Before work starts: is there room in the folder for what will not stay in memory?
+
+        Args:
+            token_bytes: of one token's K and V, in one layer, all batch rows.
+            tokens: that the cache will have.
+
+        Raises:
+            OSError: no, or there is no such folder.
+        """
+        need = self.layers * (token_bytes * tokens - self.share)
+        if need > 0:
+            self.file.check_room(int(need))
+
     def place(self, pages: Sequence[Any]) -> Page | StoredPage:
         """A place for the last page of a layer, which is full: itself, or one in the file to be put in its place.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -136,18 +138,18 @@ class PageFile:
         self._errors: list[OSError] = []
 
     def check_room(self, nbytes: int) -> None:
-        """Before work starts: can so many bytes more be written?
+        """Before work starts: can the file be made, and hold so many bytes?
 
         Raises:
             OSError: no, or there is no such folder.
         """
-        folder = self.folder or default_folder()
-        try:
+        with self._worker.lock:
+            self._open()
+            need, folder = nbytes - self._end, self.folder or default_folder()
             free = free_bytes(folder)
-        except OSError as e:
-            raise _no_folder(e, folder) from e
-        if nbytes > free:
-            raise OSError(28, f"offload_dir: {nbytes} bytes of pages are to be written, {free} bytes are free", folder)
+        if need > free:
+            message = f"offload_dir: {need} bytes of pages are to be written, {free} bytes are free"
+            raise OSError(errno.ENOSPC, message, folder)
 
     def put(self, page: Page) -> StoredPage:
         """Has a page written. The page belongs to the file now: nobody may write to it.
@@ -205,6 +207,9 @@ class PageFile:
                 fd = os.dup(file.fileno())
         except OSError as e:
             raise _no_folder(e, folder) from e
+        if is_memory(folder):
+            message = f"offload_dir: {folder} lies in memory itself (tmpfs): pages that go there free none"
+            warnings.warn(f"llama1m_ext: {message}; expected a folder on a disk", stacklevel=2)
         self._source = PageSource(fd, f"a temporary file in {folder}", watch=False)
         self._pid = os.getpid()
         self._begin()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llama1m_ext import LongCache, offload, ops, pagefile, set_options, stored
+from llama1m_ext import LongCache, offload, ops, pagefile, set_options, stats, stored
 from llama1m_ext.formats import GROUP, Compact, KvFormat, Page, empty
 from llama1m_ext.offload import Store, StoredPage
 from llama1m_ext.pagefile import PageFile
@@ -475,6 +475,12 @@ def test_a_folder_that_is_not_there(tmp_path):
         assert e.value.filename == folder
 
 
+def test_a_folder_in_memory_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(pagefile, "is_memory", lambda folder: True)
+    with pytest.warns(UserWarning, match=f"offload_dir: {tmp_path} lies in memory itself"):
+        PageFile(str(tmp_path)).put(make_pages()[0])
+
+
 def test_room_is_checked_before(file):
     file.check_room(1)
     with pytest.raises(OSError, match=rf"offload_dir: {1 << 60} bytes of pages are to be written, \d+ bytes are free"):
@@ -829,6 +835,24 @@ def test_beams_and_chunks_from_disk(tmp_path, more):
     found = generate(model, ids, past_key_values=cache, **more)
     assert in_file(cache) > 0
     assert torch.equal(found.sequences, right.sequences)
+
+
+def test_too_small_a_disk_is_an_error_before_the_start(tmp_path, monkeypatch):
+    model = tiny_model()
+    ids = random_ids(1, 1500)
+    offloaded(model, tmp_path, kv_memory=80_000)
+    cache = LongCache()
+    with torch.no_grad():
+        model(ids[:, :100], past_key_values=cache)
+        monkeypatch.setattr(pagefile, "free_bytes", lambda folder: 100_000)
+        before = stats(model).served
+        with pytest.raises(OSError, match=r"offload_dir: \d+ bytes of pages are to be written, 100000 bytes are free"):
+            model(ids[:, 100:], past_key_values=cache)
+        assert stats(model).served == before and cache.get_seq_length() == 100
+        model(ids[:, 100:200], past_key_values=cache)
+    set_options(model, offload_dir=str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="offload_dir: expected a folder"):
+        generate(model, ids)
 
 
 def test_a_full_disk_leaves_the_cache_as_it_was(tmp_path, monkeypatch):
