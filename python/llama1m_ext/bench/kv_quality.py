@@ -40,7 +40,7 @@ def text_of(tokenizer: Any, tokens: int, needles: int, rest: int, seed: int = 0)
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    book = encode(load_book())
+    book = encode(load_book()[: 8 * (tokens + rest)])  # far more than so many tokens
     head = encode(
         f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\n"
@@ -102,10 +102,12 @@ def rounded(cache: Any, variant: Variant) -> Any:
     return made
 
 
-def quality(tokens: int = 16384, needles: int = 20, rest: int = 1024, seed: int = 0) -> list[dict[str, Any]]:
+def quality(
+    tokens: int = 16384, needles: int = 20, rest: int = 1024, seed: int = 0, keys: int = 4096
+) -> list[dict[str, Any]]:
     """A row for each variant: bytes per token of a Llama-3-8B layer, errors, needles found, perplexity.
 
-    Errors are of one query on keys made like Llama's (`kv.llama_like`), and on the demo model's own keys and values.
+    Errors are of one query on `keys` keys made like Llama's (`kv.llama_like`), and on the demo model's own keys and values.
     """
     import transformers
 
@@ -115,7 +117,7 @@ def quality(tokens: int = 16384, needles: int = 20, rest: int = 1024, seed: int 
     model = transformers.AutoModelForCausalLM.from_pretrained(str(MODEL_PATH), dtype=torch.bfloat16)
     text = text_of(tokenizer, tokens, needles, rest, seed)
     dense = read(model, text.ids, "model")
-    k, v = llama_like(8, 4096, 128, torch.float32)
+    k, v = llama_like(8, keys, 128, torch.float32)
     q = torch.empty(8, 4, 128).normal_(generator=torch.Generator().manual_seed(1))
     rows: list[dict[str, Any]] = []
     for variant in variants():
