@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 CARD = "# --- the model card ---\n"
 # What each script is given, to be small. A script that is not named here fails the first test.
-WORDS = {"01_pipeline.py": [], "02_generate.py": [], "03_ops.py": ["3000"]}
+WORDS = {"01_pipeline.py": [], "02_generate.py": [], "03_ops.py": ["3000"], "05_ask_a_book.py": ["2048"]}
 
 
 def run(script: str, *words: str) -> str:
@@ -35,6 +36,13 @@ def test_script(script):
     assert out.strip()
     if script == "03_ops.py":
         assert "3 pages of 1000: at most" in out
+    if script == "05_ask_a_book.py":
+        assert "10 of 10 right" in out
+        computed, reused = (
+            int(n.replace(",", "")) for n in re.findall(r"Tokens computed: ([\d,]+);.* ([\d,]+)\n", out)[0]
+        )
+        assert computed < 3000 < 15_000 < reused
+        assert "1 prompt was kept" in out
 
 
 def test_notebook(monkeypatch, tmp_path):
