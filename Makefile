@@ -26,7 +26,7 @@ test-python: ## pytest, without the slow tests
 test-isa: ## the operations' tests and cargo's, once per ISA level of this machine
 	@for level in $$($(PYTHON) -m llama1m_ext env --isa-levels); do \
 	    echo "== LLAMA1M_ISA=$$level"; \
-	    LLAMA1M_ISA=$$level $(PYTHON) -m pytest -q tests/python/test_attention.py tests/python/test_rope.py tests/python/test_merge.py tests/python/test_fuzz_ops.py || exit 1; \
+	    LLAMA1M_ISA=$$level $(PYTHON) -m pytest -q tests/python/test_attention.py tests/python/test_rope.py tests/python/test_merge.py tests/python/test_fuzz_ops.py tests/python/test_kv_formats.py || exit 1; \
 	    LLAMA1M_ISA=$$level cargo test || exit 1; \
 	done
 
