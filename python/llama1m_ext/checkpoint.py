@@ -173,7 +173,8 @@ class Checkpoint:
         if sum(sizes) + sum(page.size for page in past[:kept]) != self.call.past_len + self.call.q_len:
             raise CacheDamaged(f"{path}: expected {self.call.past_len + self.call.q_len} tokens")
         k_dtype, v_dtype = (_dtype(name) for name in body["dtypes"])
-        kind = Kind(*body["kind"], k_dtype, v_dtype, torch.device("cpu"))
+        batch, kv_heads, k_dim, v_dim = (int(n) for n in body["kind"])
+        kind = Kind(batch, kv_heads, k_dim, v_dim, k_dtype, v_dtype, torch.device("cpu"))
         if layer.kind is not None and layer.kind != kind:
             raise CacheDamaged(f"{path}: expected keys and values like {layer.kind}, got {kind}")
         layer.refill(kept, pages, kind)

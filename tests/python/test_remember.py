@@ -297,31 +297,24 @@ def test_calls_that_are_served_as_before(model, tmp_path, what):
         model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
     elif what == "hidden states":
         more["output_hidden_states"] = True
-    elif what == "a filled cache":
-        cache = llama1m_ext.LongCache()
-        read(model, testing.random_ids(1, 50, seed=7), past_key_values=cache)
-        more["past_key_values"] = cache
     elif what == "short":
         ids = ids[:, :200]
 
     def run():
-        llama1m_ext.stats(model, reset=True)
+        cache = None
         if what == "a filled cache":
-            more["past_key_values"].crop(50 - more["past_key_values"].get_seq_length() or None)
-        with torch.no_grad():
-            return model(ids, **({} if what == "all logits" else {"logits_to_keep": 1}), **more).logits
-
-    if what == "a filled cache":
+            cache = llama1m_ext.LongCache()
+            read(model, testing.random_ids(1, 50, seed=7), past_key_values=cache)
         llama1m_ext.stats(model, reset=True)
+        keep = {} if what == "all logits" else {"logits_to_keep": 1}
         with torch.no_grad():
-            model(ids, logits_to_keep=1, **more)
-        assert llama1m_ext.stats(model).reused == 0
-        return
+            return model(ids, past_key_values=cache, **keep, **more).logits
+
     got = run()
     assert llama1m_ext.stats(model).reused == 0
+    assert len(kept(tmp_path)) == 1
     llama1m_ext.remember(model, None)
     assert torch.equal(got, run())
-    assert len(kept(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -415,7 +408,7 @@ def test_processes_share_a_folder(tmp_path):
 
 def test_a_damaged_file_costs_a_warning_and_nothing_else(model, tmp_path):
     asked = prompts(5 * CHUNK, 2)
-    want, calls = read(model, asked[1])
+    want, _ = read(model, asked[1])
     draw = random.Random(0)
     warned = 0
     for i in range(24):
@@ -522,7 +515,7 @@ def test_a_call_that_fails_leaves_the_cache_empty(model, tmp_path):
         model.model.norm.forward = norm
         del model.model.norm.__dict__["forward"]
     assert cache.get_seq_length() == 0
-    got, stats = read(model, asked[1], past_key_values=cache)
+    _, stats = read(model, asked[1], past_key_values=cache)
     assert stats.reused == 600
     assert torch.equal(cache.tokens, asked[1])
 
