@@ -128,6 +128,10 @@ class Shelf:
             return
         assert call.pages is not None
         kv = call.pages[0].format
+        with _lock:
+            for other, kept in self._files():
+                if kept.cache is not None and kept.cache.format == kv and _common(kept.ids, ids[0]) == n:
+                    return self._touch(other)
         name = f"{self._start}-{_digest(ids, kv)}{SUFFIX}"
         cache = LongCache(kv=kv)
         cache.layers = [PagedLayer.of_pages(layer.share(n), n, layer.format, kind=layer.kind) for layer in call.pages]
