@@ -89,7 +89,7 @@ class Checkpoint:
             __getattr__(name)
         self._key = identity(call, ids, embeds)
         try:
-            folder = Path(call.options.checkpoint) / self._key[:32]
+            folder = Path(call.options.checkpoint).expanduser() / self._key[:32]
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(folder / "lock")
         except BlockingIOError:

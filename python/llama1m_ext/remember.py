@@ -54,8 +54,8 @@ def forget(where: Any) -> int:
     """
     folder = where if isinstance(where, (str, os.PathLike)) else options(where).remember
     removed = 0
-    if folder is not None and os.path.isdir(folder):
-        for path in Path(folder).glob(f"*{SUFFIX}"):
+    if folder is not None:
+        for path in Path(folder).expanduser().glob(f"*{SUFFIX}"):
             try:
                 path.unlink()
             except FileNotFoundError:

@@ -244,7 +244,7 @@ def shelf_of(call: Call, ids: Tensor | None) -> Shelf | None:
     fingerprint = saved.fingerprint(call.model)
     with _lock:
         mine = _shelves.setdefault(call.model, {})
-        key = os.path.abspath(folder)
+        key = os.path.abspath(os.path.expanduser(folder))
         shelf = mine.get(key)
         if shelf is None or shelf.fingerprint != fingerprint:
             mine[key] = shelf = Shelf(Path(key), call.model, fingerprint)
