@@ -150,6 +150,20 @@ def test_padding_and_shifted_queries(file, q_start):
         assert torch.equal(ours[lse.isinf()], torch.zeros_like(ours[lse.isinf()]))
 
 
+@pytest.mark.parametrize("which", [(2,), (1, 3, 5), (0, 2, 4, 6), (3, 4)], ids=str)
+def test_queries_over_many_pages(file, which):
+    """Pages in memory lie apart, with stored ones between them, and some queries see some of them only."""
+    pages = make_pages("k8v4", batch=2)
+    length = sum(p.size for p in pages) - 10
+    layer = Layer(spilled(file, pages, which), length)
+    q = torch.randn(2, 2, 500, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    for q_start in (0, 100, 130, length - 500):
+        for starts in (None, torch.tensor([0, 333])):
+            theirs, _ = in_memory(q, pages, length, q_start=q_start, kv_start=starts)
+            ours = offload.attention(q, layer, q_start=q_start, kv_start=starts)
+            assert_no_worse(ours, theirs, float64(q, pages, length, starts, q_start=q_start), 2.0)
+
+
 def test_not_causal_and_other_arguments(file):
     pages = make_pages("int4")
     length = sum(p.size for p in pages) - 3
@@ -555,7 +569,7 @@ print(os.waitpid(pid, 0)[1], os.listdir(os.environ["FOLDER"]))
 
 def test_a_forked_process_reads_and_does_not_overwrite(run_python, tmp_path):
     script = """
-import gc, os, torch
+import collections, concurrent.futures, gc, os, torch
 torch.set_num_threads(1)
 from llama1m_ext.formats import Page
 from llama1m_ext.offload import PageFile, Store, attention
@@ -577,7 +591,11 @@ def right(kept):
 file = PageFile(os.environ["FOLDER"])
 kept = [(i, file.put(page(i))) for i in range(8)]
 file.flush()
-assert right(kept) and right(kept) and layer.store.stream._coming  # some pages are loaded ahead already
+assert right(kept) and right(kept)
+stream = layer.store.stream
+coming = stream._coming
+assert coming  # pages are loaded ahead: here they are on their way still, when the thread that loads them is gone
+stream._coming = collections.deque((page, concurrent.futures.Future()) for page, _ in coming)
 there, here = os.pipe(), os.pipe()
 pid = os.fork()
 if pid == 0:
@@ -588,9 +606,11 @@ if pid == 0:
     os.write(there[1], b"x")
     os.read(here[0], 1)
     os._exit(0 if ok and right(kept) and right(mine) else 1)
+stream._coming = coming
 os.read(there[0], 1)
 ours = right(kept)
-kept = kept[4:]
+layer.store, layer.pages, kept = Store(1 << 20), [], kept[4:]
+del stream, coming
 gc.collect()
 more = [(200 + i, file.put(page(200 + i))) for i in range(8)]  # not where the child still reads
 file.flush()
