@@ -124,7 +124,8 @@ class PageFile:
     """
 
     def __init__(self, folder: str | None = None, in_flight: int = 32 << 20) -> None:
-        self.folder, self.in_flight = folder, in_flight
+        self.folder = None if folder is None else os.path.expanduser(folder)
+        self.in_flight = in_flight
         self.bytes_written = 0
         self._pid = 0
         self._worker = Worker("llama1m-write")

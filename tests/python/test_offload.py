@@ -489,6 +489,11 @@ def test_a_folder_that_is_not_there(tmp_path):
         assert e.value.filename == folder
 
 
+def test_a_folder_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert PageFile("~/pages").folder == str(tmp_path / "pages")
+
+
 def test_a_folder_in_memory_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(pagefile, "is_memory", lambda folder: True)
     with pytest.warns(UserWarning, match=f"offload_dir: {tmp_path} lies in memory itself"):
