@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from . import patch as _patch
 from .options import Options, options, set_options
 from .patch import disable, enable, patch_model
+from .plan import Plan, plan
+from .plan_choice import DoesNotFit
 from .remember import forget, remember
 from .stats import Stats, stats
 
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "DoesNotFit",
     "LongCache",
     "Options",
+    "Plan",
     "Stats",
     "__version__",
     "cache",
@@ -34,6 +38,7 @@ __all__ = [
     "ops",
     "options",
     "patch_model",
+    "plan",
     "remember",
     "set_options",
     "stats",

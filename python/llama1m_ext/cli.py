@@ -134,6 +134,46 @@ def bench_kv(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder with a config.json, or a name on the hub.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt, in tokens.")],
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=0, help="Tokens generated afterwards.")] = 256,
+    dtype: Annotated[str | None, typer.Option(help="bf16, f32 or f16. Default: the model's.")] = None,
+    kv: Annotated[str, typer.Option(help="Format of the cache: auto, model, int8, fp8, int4, int8/int4.")] = "auto",
+    offload: Annotated[str, typer.Option(help="auto, host, disk or none.")] = "auto",
+    kv_memory: Annotated[str, typer.Option(help="Bytes that pages may take: auto, 8GiB.")] = "auto",
+    chunk: Annotated[str, typer.Option(help="Queries at a time: auto, or a number.")] = "auto",
+    gpu: Annotated[str | None, typer.Option(help="One GPU's memory: 80GiB. By arithmetic.")] = None,
+    host: Annotated[str | None, typer.Option(help="Main memory: 256GiB. Default: what is free now.")] = None,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Before a long prompt: bytes by part, what fits where, what "auto" will choose, how long it may take."""
+    from llama1m_ext import plan as make
+
+    try:
+        made = make(
+            model,
+            tokens,
+            batch=batch,
+            new_tokens=new_tokens,
+            dtype=dtype,
+            kv=kv,
+            offload=None if offload == "none" else offload,
+            kv_memory=kv_memory,
+            chunk=int(chunk) if chunk.isdigit() else chunk,
+            gpu=gpu,
+            host=host,
+            threads=threads,
+        )
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(str(made))
+    _write_json(json_file, made.to_dict())
+
+
+@app.command()
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
     isa_levels: Annotated[bool, typer.Option("--isa-levels", help="Only the ISA levels, best first.")] = False,

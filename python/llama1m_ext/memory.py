@@ -67,14 +67,15 @@ def _of_limits() -> list[int]:
         return []  # not Linux
 
 
-def chunk_len(config: Any, batch: int, element_size: int) -> int:
-    """Queries of a chunk, so that one chunk's activations stay within `CHUNK_BYTES` and a sixteenth of what is free."""
+def chunk_len(config: Any, batch: int, element_size: int, available: int | None = None) -> int:
+    """Queries of a chunk, so that one chunk's activations stay within `CHUNK_BYTES` and a sixteenth of what is available
+    (default: of what is free)."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = 2 * config.num_attention_heads + 4 * config.num_key_value_heads
     # gate, up, their product; norms in float32; q, out, k, v twice (before and after rotation)
     per_token = element_size * (3 * config.intermediate_size + 3 * config.hidden_size + heads * head_dim)
     per_token = batch * (per_token + 2 * 4 * config.hidden_size)
-    available = available_bytes()
+    available = available_bytes() if available is None else available
     budget = CHUNK_BYTES if available is None else min(CHUNK_BYTES, available // 16)
     fits = max(1, budget // per_token)
     return max(MIN_CHUNK, min(MAX_CHUNK, 1 << (fits.bit_length() - 1)))

@@ -1,0 +1,307 @@
+"""The plan of a long prompt before it starts: bytes by part, what fits where, what "auto" will choose, how long it may take.
+
+`plan()` is for people and programs; `plan_call` makes the same reckoning before each prefill. Nothing here imports torch
+until it is asked for something.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .plan_bytes import Parts, Peak, Work
+    from .plan_choice import Choice
+    from .plan_shape import Shape
+    from .plan_speed import Speed
+
+_NAMES = {
+    "weights": "weights",
+    "kv": "KV cache in memory",
+    "room": "room in its pages (address space)",
+    "file": "KV cache on the disk",
+    "hidden": "hidden states",
+    "scratch": "one layer's K and V, dense",
+    "activations": "activations of a chunk",
+    "keys_only": "the same in the last layer",
+    "workspace": "workspace of the kernels",
+    "logits": "logits",
+    "ids": "token ids, positions",
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of the cache beside the others.
+
+    Attributes:
+        name: as the option `kv` takes it.
+        token_bytes: of one token in all layers, scales included.
+        kv_bytes: of all tokens, the dense ones at both ends included.
+        peak_bytes: of everything at the worst moment, all pages in memory.
+        fits: whether that fits; None: nobody knows how much memory there is.
+    """
+
+    name: str
+    token_bytes: float
+    kv_bytes: int
+    peak_bytes: int
+    fits: bool | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A place that things must fit into.
+
+    Attributes:
+        where: "host" or "gpu".
+        bytes: what there is of it; None: nobody knows.
+        given: whether somebody said so; else it was measured: what is free.
+    """
+
+    where: str
+    bytes: int | None
+    given: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a prompt will take. `str(plan)` is a table, `to_dict()` what JSON can hold.
+
+    Attributes:
+        model: its name.
+        shape: its sizes.
+        work: tokens, rows, chunk, threads.
+        memory: what it must fit into, the nearest first.
+        kv: the format chosen.
+        offload: where pages go that don't fit: None, "host" or "disk".
+        fits: whether it all fits that way.
+        why: how the choice came about.
+        parts: bytes by part.
+        peak: the worst moment, weights included.
+        phases: every moment that was reckoned, the worst first.
+        formats: all formats side by side.
+        speed: estimates from this machine's measured rates, or None.
+    """
+
+    model: str
+    shape: Shape
+    work: Work
+    memory: tuple[Memory, ...]
+    kv: str
+    offload: str | None
+    fits: bool
+    why: str
+    parts: Parts
+    peak: Peak
+    phases: tuple[Peak, ...]
+    formats: tuple[Format, ...]
+    speed: Speed | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in what JSON can hold. Bytes are ints, times seconds."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def plan(
+    model_or_config: Any,
+    tokens: int,
+    *,
+    batch: int = 1,
+    new_tokens: int = 256,
+    dtype: Any = None,
+    kv: str = "auto",
+    offload: str | None = "auto",
+    kv_memory: int | str = "auto",
+    chunk: int | str = "auto",
+    gpu: int | str | None = None,
+    host: int | str | None = None,
+    threads: int | None = None,
+    measure: bool = True,
+) -> Plan:
+    """What a prompt of a Llama will take, without running it, and what "auto" will choose for it.
+
+    Args:
+        model_or_config: a model (or what holds one), a `LlamaConfig`, a folder with a config.json, or a name; the model
+            card's needs no network.
+        tokens: of the prompt, in each row.
+        batch: rows.
+        new_tokens: to be generated afterwards.
+        dtype: of weights and cache; None: the model's.
+        kv, offload, kv_memory, chunk: as in `Options`.
+        gpu: bytes of one GPU's memory, as an int or "80GiB". This version runs on the CPU: then the plan is arithmetic.
+        host: bytes of main memory, likewise; None: what is free now.
+        threads: of the kernels; None: as torch has it.
+        measure: measure this machine for half a second, to estimate times.
+
+    Raises:
+        ValueError, TypeError: an argument that makes no sense, or no Llama; the message names it.
+    """
+    from . import plan_bytes, plan_choice, plan_speed
+    from .formats import KvFormat
+    from .memory import available_bytes
+    from .options import Options, parse_bytes
+    from .plan_shape import shape_of
+
+    for name, value, least in (("tokens", tokens, 1), ("batch", batch, 1), ("new_tokens", new_tokens, 0)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    Options(kv=kv, offload=offload, kv_memory=kv_memory, chunk=chunk)  # type: ignore[arg-type]  # which checks them
+    if kv != "auto":
+        kv = KvFormat.parse(kv).name
+    name, shape = shape_of(model_or_config, dtype)
+    loaded = shape.loaded is not None
+    if threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads: expected an int from 1 on, got {threads!r}")
+
+    here = available_bytes() if host is None else parse_bytes("host", host)
+    memory = [Memory("host", here, host is not None)]
+    if gpu is not None:
+        memory.insert(0, Memory("gpu", parse_bytes("gpu", gpu), True))
+    limit = memory[0].bytes
+    # What is free now has no room for weights that are loaded already, and needs none.
+    used = shape.weight_bytes if loaded and gpu is None and host is None else 0
+    work = plan_bytes.Work(tokens, new=new_tokens, batch=batch, threads=threads)
+    work = dataclasses.replace(work, chunk=_chunk(shape, batch, limit) if chunk == "auto" else int(chunk))
+    pages = None if kv_memory == "auto" else parse_bytes("kv_memory", kv_memory)
+    if gpu is None:
+        choice = plan_choice.choose(shape, work, limit, kv, offload, pages, used)
+    else:
+        choice = _on_gpu(shape, work, limit, here, kv, offload, pages)
+    storage = choice.storage
+    formats = []
+    for each in plan_bytes.SIDE_BY_SIDE:
+        worst = plan_bytes.peak(shape, work, plan_bytes.Storage(each))
+        size = KvFormat.parse(each).token_bytes(shape.kv_heads, shape.head_dim, shape.size) * shape.layers
+        all_of_it = plan_bytes.kv_bytes(shape, each, tokens + new_tokens, batch)
+        fits = None if limit is None else worst.bytes - used <= limit
+        formats.append(Format(each, size, all_of_it, worst.bytes, fits))
+    counted = plan_bytes.Storage(storage.kv, "disk" if storage.kv_memory is not None else None, storage.kv_memory)
+    moments = plan_bytes.peaks(shape, work, counted)
+    speed = None
+    if measure and gpu is None:
+        in_all = plan_bytes.kv_bytes(shape, storage.kv, tokens + new_tokens, batch)
+        speed = plan_speed.estimate(shape, plan_speed.measure(shape, threads), tokens, batch, in_all)
+    return Plan(
+        model=name,
+        shape=shape,
+        work=work,
+        memory=tuple(memory),
+        kv=storage.kv,
+        offload=storage.offload,
+        fits=choice.fits,
+        why=choice.why,
+        parts=plan_bytes.parts(shape, work, counted),
+        peak=moments[0],
+        phases=tuple(moments),
+        formats=tuple(formats),
+        speed=speed,
+    )
+
+
+def _chunk(shape: Shape, batch: int, limit: int | None) -> int:
+    from .memory import chunk_len
+
+    config = SimpleNamespace(
+        head_dim=shape.head_dim,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+    )
+    return chunk_len(config, batch, shape.size, limit)
+
+
+def _on_gpu(
+    shape: Shape, work: Work, gpu: int | None, host: int | None, kv: str, offload: str | None, pages: int | None
+) -> Choice:
+    """As `plan_choice.choose`, for a card with a host behind it."""
+    from .plan_bytes import LADDER, Storage, kv_bytes, peak
+    from .plan_choice import MARGIN, Choice, choose, gib
+
+    assert gpu is not None
+    if offload != "disk":
+        found = choose(shape, work, gpu, kv, None, pages)
+        if found.fits or offload is None:
+            return found
+        for name in LADDER if kv == "auto" else (kv,):
+            storage = Storage(name, "disk", 0)
+            worst, behind = peak(shape, work, storage), kv_bytes(shape, name, work.tokens + work.new, work.batch)
+            if worst.bytes * MARGIN <= gpu and (host is None or behind <= host):
+                why = f"no format fits on the GPU: pages live on the host, {gib(behind)} of them as {name}"
+                return Choice(Storage(name, "host", 0), worst, True, why)
+    return choose(shape, work, gpu, kv, "disk" if offload == "auto" else offload, pages)
+
+
+def _lines(p: Plan) -> list[str]:
+    from .plan_choice import gib
+
+    rows = f" x {p.work.batch} rows" if p.work.batch > 1 else ""
+    lines = [
+        f"{p.model}: {p.work.tokens:,} tokens{rows}, then {p.work.new:,} new ones, in {p.shape.dtype}",
+        *(f"{_place(m)}" for m in p.memory),
+        "",
+    ]
+    alive = p.peak.parts
+    for name, label in _NAMES.items():
+        n = getattr(p.parts, name)
+        if not n and name not in alive:
+            continue
+        now = alive.get(name, 0)
+        note = "" if gib(now) == gib(n) else f"   ({gib(now)} at the peak)" if now else "   (not at the peak)"
+        lines.append(f"  {label:<36}{gib(n):>12}{note}")
+    lines += [f"  {'peak: ' + p.peak.phase:<36}{gib(p.peak.bytes):>12}", ""]
+    lines.append(f"  {'kv':<12}{'a token':>12}{'KV cache':>12}{'peak':>12}  fits")
+    for f in p.formats:
+        mark = "?" if f.fits is None else "yes" if f.fits else "no"
+        chosen = "   <- chosen" if f.name == p.kv else ""
+        lines.append(
+            f"  {f.name:<12}{gib(f.token_bytes):>12}{gib(f.kv_bytes):>12}{gib(f.peak_bytes):>12}  {mark}{chosen}"
+        )
+    lines += ["", f'kv="{p.kv}", offload={p.offload and chr(34) + p.offload + chr(34)}, chunk={p.work.chunk}: {p.why}.']
+    if not p.fits:
+        lines.append("It does not fit that way: a prefill would stop with an error before its first token.")
+    flops = p.work.batch * (p.shape.attention_flops(p.work.tokens) + p.shape.linear_flops(p.work.tokens))
+    share = p.work.batch * p.shape.attention_flops(p.work.tokens) / flops
+    lines.append(f"The prefill is {flops:.1e} floating-point operations, {share:.0%} of them attention.")
+    if p.speed is not None:
+        m, s = p.speed.machine, p.speed
+        lines.append(
+            f"Estimates for this machine ({m.threads} threads; measured: {m.flops / 1e9:.0f} GFLOP/s in registers, "
+            f"{m.matmul / 1e9:.0f} in matrix products, {m.read / 2**30:.0f} GiB/s of reading):"
+        )
+        disk = f", without reading {gib(p.parts.file)} from the disk for each" if p.parts.file else ""
+        lines.append(
+            f"  prefill about {_seconds(s.prefill_seconds)}, a decoded token about {_seconds(s.token_seconds)}{disk}"
+        )
+    return lines
+
+
+def _place(m: Memory) -> str:
+    from .plan_choice import gib
+
+    name = "GPU memory" if m.where == "gpu" else "main memory"
+    known = "unknown" if m.bytes is None else gib(m.bytes)
+    how = "as given" if m.given else "free now"
+    more = "; this version computes on the CPU: for a GPU the plan is arithmetic" if m.where == "gpu" else ""
+    return f"{name}: {known} {how}{more}"
+
+
+def _seconds(n: float) -> str:
+    if n < 0.1:
+        return f"{n * 1000:.1f} ms"
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if n >= 2 * size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n:.1f} s"

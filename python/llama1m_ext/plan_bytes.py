@@ -1,0 +1,241 @@
+"""How many bytes live at the worst moment of a prefill, counted from the code that makes them.
+
+`prefill.layer_major` holds the hidden states and one chunk's activations, beside the weights and the pages of the layers
+that are done. Every formula here stands for lines there, in `llama.attend`, in `sealed`, or in transformers' modules,
+and `tests/python/test_plan_memory.py` compares the sum with what real processes take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .plan_shape import Shape
+
+LADDER = ("model", "int8", "int8/int4", "int4")
+"""Formats as "auto" tries them: each takes less than the one before."""
+SIDE_BY_SIDE = ("model", "int8", "fp8", "int8/int4", "int4")
+"""Formats as tables list them."""
+SCRATCH = 3 << 19
+"""Scratch of the attention kernel for each thread: src/cpu/attention.rs keeps it within a second-level cache."""
+MATMUL = 4 << 20
+"""What the matrix library keeps for its own copies, for each thread."""
+PARTIALS = 3
+"""Outputs in float32 that wait for their merge, at most, where pages are streamed in."""
+_ROUND = 128
+
+Offload = Literal["host", "disk"] | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be run.
+
+    Attributes:
+        tokens: of the prompt, in each batch row; those in the cache already are not among them.
+        past: tokens in the cache already.
+        new: tokens to be generated afterwards.
+        batch: rows.
+        keep: so many last positions get logits; 0: all.
+        chunk: queries at a time.
+        threads: of the kernels.
+    """
+
+    tokens: int
+    past: int = 0
+    new: int = 0
+    batch: int = 1
+    keep: int = 1
+    chunk: int = 2048
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the cache is kept.
+
+    Attributes:
+        kv: the format.
+        offload: where pages go that memory has no room for; None and "host": nowhere.
+        kv_memory: bytes that pages in memory may take, with `offload="disk"`.
+    """
+
+    kv: str = "model"
+    offload: Offload = None
+    kv_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes by part, each at its own largest.
+
+    Attributes:
+        weights: of the model.
+        kv: pages in memory, tokens in use.
+        room: that pages have for more tokens: address space, which takes memory only when it is written.
+        file: pages on the disk.
+        hidden: hidden states of all tokens of the prompt.
+        scratch: one layer's keys and values before they become compact or go to the disk.
+        activations: of a chunk in a layer.
+        keys_only: of a chunk in the last layer, where only keys and values are made of most tokens.
+        workspace: of the kernels, all threads.
+        logits: of the positions that get them.
+        ids: token ids and positions.
+    """
+
+    weights: int
+    kv: int
+    room: int
+    file: int
+    hidden: int
+    scratch: int
+    activations: int
+    keys_only: int
+    workspace: int
+    logits: int
+    ids: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The worst moment.
+
+    Attributes:
+        phase: which it is, in words.
+        bytes: of everything that lives then.
+        parts: what lives then, by name of the part, largest first.
+    """
+
+    phase: str
+    bytes: int
+    parts: dict[str, int]
+
+
+def kv_bytes(shape: Shape, kv: str, tokens: int, batch: int = 1) -> int:
+    """Bytes of all layers' pages for `tokens` tokens in use: in a compact format with the first 64 and the newest tokens
+    dense."""
+    return shape.layers * layer_bytes(shape, kv, tokens, batch)
+
+
+def layer_bytes(shape: Shape, kv: str, tokens: int, batch: int = 1) -> int:
+    """Likewise of one layer."""
+    from .formats import GROUP, KvFormat
+    from .sealed import KEPT, SINK, TAIL
+
+    fmt = KvFormat.parse(kv)
+    dense = 2 * shape.kv_dim * shape.size
+    if fmt.is_model or tokens < SINK + TAIL:
+        return batch * tokens * dense
+    compact = (tokens - SINK - KEPT) // GROUP * GROUP
+    return batch * int(
+        compact * fmt.token_bytes(shape.kv_heads, shape.head_dim, shape.size) + (tokens - compact) * dense
+    )
+
+
+def room_bytes(shape: Shape, kv: str, total: int, batch: int = 1) -> int:
+    """Bytes of all layers' pages that a prompt of `total` tokens leaves unused (pages of automatic size)."""
+    from .formats import KvFormat
+
+    tokens = -(-(total + max(_ROUND, total // 16)) // _ROUND) * _ROUND - total
+    fmt = KvFormat.parse(kv)
+    return int(shape.layers * batch * tokens * fmt.token_bytes(shape.kv_heads, shape.head_dim, shape.size))
+
+
+def activation_bytes(shape: Shape, chunk: int, batch: int, streamed: bool = False) -> int:
+    """Of a chunk through a whole layer, at the worst of its moments, beyond its input."""
+    e, h, q, kv = shape.size, shape.hidden, shape.q_dim, shape.kv_dim
+    norm = 8 * h  # two of: the input in float32, its squares, the product; or the product and what it is rounded to
+    attention = e * (h + 3 * q + 2 * kv + h)  # normed, q k v, rotated q, out; o_proj's
+    if streamed:
+        attention += 4 * q * PARTIALS
+    mlp = e * (h + 3 * shape.intermediate)  # normed; gate, up and their product
+    return batch * chunk * max(norm, attention, mlp)
+
+
+def keys_bytes(shape: Shape, chunk: int, batch: int) -> int:
+    """Of a chunk of which only keys and values are made."""
+    e, h = shape.size, shape.hidden
+    return batch * chunk * max(8 * h, e * (h + 2 * shape.kv_dim))
+
+
+def parts(shape: Shape, work: Work, storage: Storage) -> Parts:
+    """Bytes by part."""
+    total, chunk = work.past + work.tokens, min(work.chunk, work.tokens)
+    final = total + work.new
+    compact, disk = storage.kv != "model", storage.offload == "disk"
+    kv, file, room = kv_bytes(shape, storage.kv, final, work.batch), 0, 0
+    if disk and storage.kv_memory is not None and kv > storage.kv_memory:
+        kv, file = storage.kv_memory, kv - storage.kv_memory
+    elif not disk:
+        room = max(
+            0,
+            room_bytes(shape, storage.kv, total, work.batch)
+            - kv_bytes(shape, storage.kv, final, work.batch)
+            + kv_bytes(shape, storage.kv, total, work.batch),
+        )
+    keep = work.tokens if work.keep <= 0 else min(work.keep, work.tokens)
+    row = work.batch * work.tokens
+    return Parts(
+        weights=shape.weight_bytes,
+        kv=kv,
+        room=room,
+        file=file,
+        hidden=row * shape.hidden * shape.size,
+        scratch=2 * row * shape.kv_dim * shape.size if compact or disk else 0,
+        activations=activation_bytes(shape, chunk, work.batch, streamed=bool(file)),
+        keys_only=keys_bytes(shape, chunk, work.batch),
+        workspace=work.threads * (SCRATCH + MATMUL),
+        logits=work.batch * keep * shape.vocab * shape.size,
+        ids=2 * 8 * row,
+    )
+
+
+def peaks(shape: Shape, work: Work, storage: Storage) -> list[Peak]:
+    """Everything that lives in each phase, weights included, the worst first."""
+    p = parts(shape, work, storage)
+    total = work.past + work.tokens
+    done = kv_bytes(shape, storage.kv, work.past, work.batch)
+
+    def kv_after(layers: int) -> int:
+        """Pages in memory when the call's tokens are in so many layers."""
+        full = kv_bytes(shape, storage.kv, total, work.batch)
+        now = done + (full - done) * layers // shape.layers
+        return min(now, p.kv)
+
+    common = {"weights": p.weights, "ids": p.ids, "workspace": p.workspace}
+    layers = shape.layers
+    sealed = bool(p.scratch)  # then the layer at work is in the scratch, not in pages
+    found = []
+
+    def phase(name: str, **parts: int) -> None:
+        alive = {k: v for k, v in sorted({**common, **parts}.items(), key=lambda x: -x[1]) if v}
+        found.append(Peak(name, sum(alive.values()), alive))
+
+    whole = layers if work.keep <= 0 or work.keep >= work.tokens else layers - 1
+    if whole:
+        phase(
+            f"layer {whole} of {layers}, its last chunk",
+            kv=kv_after(whole - sealed),
+            hidden=p.hidden,
+            scratch=p.scratch,
+            activations=p.activations,
+        )
+    if whole < layers:
+        phase(
+            "the last layer's keys and values",
+            kv=kv_after(layers - sealed),
+            hidden=p.hidden,
+            scratch=p.scratch,
+            activations=p.keys_only,
+        )
+    if sealed:
+        phase("the last layer's pages", kv=kv_after(layers), hidden=p.hidden, scratch=p.scratch)
+    phase("logits", kv=kv_after(layers), hidden=p.hidden, scratch=p.scratch, logits=p.logits)
+    if work.new:
+        phase("generating", kv=p.kv, logits=work.batch * shape.vocab * (shape.size + 4))
+    return sorted(found, key=lambda x: -x.bytes)
+
+
+def peak(shape: Shape, work: Work, storage: Storage) -> Peak:
+    """The worst moment."""
+    return peaks(shape, work, storage)[0]

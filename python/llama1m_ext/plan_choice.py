@@ -1,0 +1,242 @@
+"""What "auto" chooses, and what to say where nothing fits.
+
+The rule, for the formats: the first of model, int8, int8/int4 and int4 with which the predicted peak and 5% fit into the
+memory that is free, and the pages into `kv_memory` where it is given. Where none does, and `offload` allows it: int4,
+with pages on the disk. A user who names `offload="disk"` needs no smaller format for room: it is "model" then. So with
+less memory, or more tokens, the choice only ever moves on in that list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .plan_bytes import LADDER, Offload, Peak, Storage, Work, kv_bytes, peak
+from .plan_shape import Shape
+
+MARGIN = 1.05
+"""The prediction is within 5% of what is measured."""
+DISK_SHARE = 2
+"""With pages on the disk and no `kv_memory` given, pages may take one part in so many of what is left."""
+_MIB = 1 << 20
+
+
+class DoesNotFit(MemoryError):
+    """A call that can't fit into memory, found out before any work was done.
+
+    Attributes:
+        needed, available: bytes.
+        ways: the cheapest ways out, in words.
+    """
+
+    def __init__(self, message: str, needed: int = 0, available: int = 0, ways: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.needed, self.available, self.ways = needed, available, ways
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.needed, self.available, self.ways)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What "auto" became.
+
+    Attributes:
+        storage: format, offload, and bytes of pages in memory.
+        peak: the worst moment with it.
+        fits: whether that fits.
+        why: in words.
+    """
+
+    storage: Storage
+    peak: Peak
+    fits: bool
+    why: str
+
+
+def gib(n: float) -> str:
+    """Bytes for people."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", _MIB)):
+        if abs(n) >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n / 1024:.1f} KiB"
+
+
+def choose(
+    shape: Shape,
+    work: Work,
+    available: int | None,
+    kv: str = "auto",
+    offload: str | None = "auto",
+    kv_memory: int | None = None,
+    used: int = 0,
+) -> Choice:
+    """Resolves `kv="auto"` and `offload="auto"`.
+
+    Args:
+        available: bytes of memory that all of it may take; None: nobody knows, and everything fits.
+        kv_memory: bytes that pages may take; None: what is free.
+        used: bytes of what the peak counts that are taken already, and so are not in `available`: the weights, pages.
+    """
+    disk = offload == "disk"
+
+    def try_one(name: str, where: Offload) -> Choice:
+        storage = Storage(name, where, None)
+        if where == "disk":
+            storage = dataclasses.replace(storage, kv_memory=_pages(shape, work, storage, available, kv_memory, used))
+        worst = peak(shape, work, storage)
+        fits = available is None or worst.bytes - used <= available
+        return Choice(storage, worst, fits, "")
+
+    tried: list[Choice] = []
+    for name in LADDER if kv == "auto" else (kv,):
+        found = try_one(name, None)
+        pages = kv_bytes(shape, name, work.past + work.tokens + work.new, work.batch)
+        enough = available is None or (found.peak.bytes - used) * (MARGIN if kv == "auto" else 1) <= available
+        if enough and (kv_memory is None or pages <= kv_memory) and not disk:
+            return dataclasses.replace(found, fits=True, why=_why(kv, name, tried, found, available, used))
+        tried.append(found)
+        if disk and kv == "auto":
+            break  # "model"
+    smallest = tried[-1]
+    if offload in ("auto", "disk"):
+        found = try_one(smallest.storage.kv, "disk")
+        if disk:
+            why = 'offload="disk" was asked for' + (
+                "; the disk has room for the model's own format" if kv == "auto" else ""
+            )
+        else:
+            what = "no format fits into memory" if kv == "auto" else f'kv="{kv}" does not fit into memory'
+            why = f"{what}: pages go to the disk, {gib(found.storage.kv_memory or 0)} of them stay in memory"
+        return dataclasses.replace(found, why=why)
+    why = f"nothing fits: the smallest needs {gib(smallest.peak.bytes - used)}, {gib(available or 0)} are available"
+    over = kv_memory is not None and kv_bytes(shape, smallest.storage.kv, work.past + work.tokens) > kv_memory
+    return dataclasses.replace(smallest, fits=smallest.fits and not over, why=why)
+
+
+def _pages(shape: Shape, work: Work, storage: Storage, available: int | None, kv_memory: int | None, used: int) -> int:
+    """Bytes of pages in memory where the others are on the disk."""
+    if kv_memory is not None:
+        return kv_memory
+    if available is None:
+        return 2 << 30
+    rest = peak(shape, work, dataclasses.replace(storage, kv_memory=0)).bytes
+    return max(_MIB, int(available - (rest - used) * MARGIN) // DISK_SHARE)
+
+
+def _why(kv: str, name: str, tried: list[Choice], found: Choice, available: int | None, used: int) -> str:
+    if kv != "auto":
+        return f'kv="{kv}" was asked for, and fits'
+    need = gib(found.peak.bytes - used)
+    if available is None:
+        return "nobody says how much memory there is: the model's own format"
+    if not tried:
+        return f"the model's own format fits: it needs {need} of {gib(available)}"
+    more = ", ".join(f"{c.storage.kv} would need {gib(c.peak.bytes - used)}" for c in tried)
+    return f"{name} is the first format that fits with 5% to spare: it needs {need} of {gib(available)}; {more}"
+
+
+def check(
+    shape: Shape,
+    work: Work,
+    storage: Storage,
+    available: int,
+    used: int = 0,
+    offload: str | None = "auto",
+    room: int | None = None,
+) -> None:
+    """Before any work.
+
+    Args:
+        offload: what the user allows.
+        room: bytes of address space that there are (`ulimit -v`); pages' unused room counts there too.
+
+    Raises:
+        DoesNotFit: with the three cheapest ways out.
+    """
+    from .plan_bytes import parts
+
+    needed = peak(shape, work, storage).bytes - used
+    limit = available
+    if room is not None and needed + parts(shape, work, storage).room > room:
+        needed, limit = needed + parts(shape, work, storage).room, min(room, available)
+    if needed <= limit:
+        return
+    ways = tuple(way for way, _ in zip(_ways(shape, work, storage, limit, used, offload), range(3), strict=False))
+    worst = peak(shape, work, storage)
+    listed = ", ".join(f"{name} {gib(n)}" for name, n in list(worst.parts.items())[:4])
+    text = "\n".join(f"  - {way}" for way in ways) or "  - none: not even the weights' own work fits"
+    raise DoesNotFit(
+        f"{work.tokens} tokens{f' of {work.batch} rows' if work.batch > 1 else ''} need {gib(needed)} more memory, and "
+        f"{gib(limit)} are available (the worst moment, {worst.phase}: {listed}). Nothing was computed. Ways out, the "
+        f"cheapest first:\n{text}",
+        needed,
+        limit,
+        ways,
+    )
+
+
+def _ways(shape: Shape, work: Work, storage: Storage, limit: int, used: int, offload: str | None) -> Iterator[str]:
+    """What would fit, the cheapest first: a smaller chunk costs nothing, a smaller format precision, a disk time."""
+
+    def need(work: Work, storage: Storage) -> int:
+        return peak(shape, work, storage).bytes - used
+
+    now = need(work, storage)
+
+    def saved(other: int) -> str:
+        return f"saves {gib(now - other)}: {gib(other)} are needed"
+
+    chunk = min(work.chunk, work.tokens)
+    while chunk > 128:
+        chunk //= 2
+        smaller = dataclasses.replace(work, chunk=chunk)
+        if need(smaller, storage) <= limit:
+            yield f"set_options(model, chunk={chunk}) {saved(need(smaller, storage))}"
+            break
+    own = LADDER.index(storage.kv) if storage.kv in LADDER else 1
+    small = dataclasses.replace(work, chunk=min(work.chunk, 128))
+    for name in LADDER[own + 1 :]:
+        for tried, extra in ((work, ""), (small, ", chunk=128")):
+            other = need(tried, Storage(name, storage.offload, storage.kv_memory))
+            if other < now and other <= limit:
+                yield f'set_options(model, kv="{name}"{extra}) {saved(other)}'
+                break
+    if storage.offload != "disk":
+        for tried, extra in ((work, ""), (small, ", chunk=128")):
+            empty = Storage(storage.kv, "disk", 0)
+            if need(tried, empty) < limit:
+                pages = max(1, (limit - need(tried, empty)) // 2)
+                held = Storage(storage.kv, "disk", pages)
+                yield (
+                    f'set_options(model, offload="disk", kv_memory="{max(1, pages // _MIB)}MiB"{extra}) '
+                    f"{saved(need(tried, held))}, and decoding reads the rest from the disk"
+                )
+                break
+    fewer = most_tokens(shape, work, storage, limit, used)
+    if 0 < fewer < work.tokens:
+        yield f"fewer tokens: {fewer} fit as it is"
+    best = Storage("int4", "disk" if offload in ("auto", "disk") else storage.offload, _MIB)
+    fewest = most_tokens(shape, small, best, limit, used)
+    if max(0, fewer) < fewest < work.tokens:
+        where = ', offload="disk"' if best.offload == "disk" else ""
+        yield f'fewer tokens: {fewest} fit with set_options(model, kv="int4", chunk=128{where})'
+
+
+def most_tokens(shape: Shape, work: Work, storage: Storage, limit: int, used: int = 0) -> int:
+    """How long a prompt may be, to 64 tokens; 0: none fits."""
+
+    def fits(n: int) -> bool:
+        return peak(shape, dataclasses.replace(work, tokens=max(1, n)), storage).bytes - used <= limit
+
+    low, high = 0, max(1, work.tokens)
+    if fits(high):
+        while fits(2 * high) and high < 1 << 40:
+            high *= 2
+        low, high = high, 2 * high
+    while high - low > 64:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low if low < 64 else low // 64 * 64
