@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llama1m_ext import LongCache, offload, ops, pagefile, set_options, stats, stored
+from llama1m_ext import LongCache, memory, offload, ops, pagefile, set_options, stats, stored
 from llama1m_ext.formats import GROUP, Compact, KvFormat, Page, empty
 from llama1m_ext.offload import Store, StoredPage
 from llama1m_ext.pagefile import PageFile
@@ -637,6 +637,36 @@ def test_a_folder_in_memory_is_not_the_default(monkeypatch):
     assert offload.free_bytes("/tmp") > 0
 
 
+def test_memory_of_a_container(tmp_path):
+    """Files' pages, an offloaded cache's for one, count as used there, and are free all the same."""
+    limit, used, stat = tmp_path / "max", tmp_path / "current", tmp_path / "memory.stat"
+    limit.write_text("1000000\n")
+    used.write_text("900000\n")
+    files = str(limit), str(used)
+    assert memory._of_cgroup(files) == 100_000
+    stat.write_text("anon 300000\nactive_file 200000\ninactive_file 400000\nslab 5\n")
+    assert memory._of_cgroup(files) == 700_000
+    used.write_text("1900000\n")
+    assert memory._of_cgroup(files) == 0
+    limit.write_text("max\n")
+    assert memory._of_cgroup(files) is None and memory._of_cgroup((str(tmp_path / "none"), files[1])) is None
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_memory_that_ulimit_leaves(run_python, limit):
+    script = f"""
+import resource
+from llama1m_ext import memory
+before = memory._of_limits()
+fields = open("/proc/self/statm").read().split()
+used = int(fields[dict(RLIMIT_AS=0, RLIMIT_DATA=5)["{limit}"]]) * resource.getpagesize()
+resource.setrlimit(resource.{limit}, (used + (300 << 20),) * 2)
+print(len(before), memory.available_bytes() >> 20)
+"""
+    count, room = map(int, run_python(script).split())
+    assert count == 0 and 250 <= room <= 310
+
+
 # -- files that are not what was written ----------------------------------------------------------------------------------
 
 
@@ -823,8 +853,8 @@ def test_what_is_done_with_caches_works_from_disk(tmp_path, kv):
             cache.batch_repeat_interleave(2)
             seen.append(model(ids.repeat_interleave(2, 0)[:, :70], past_key_values=cache, logits_to_keep=3).logits)
         caches.append((cache, seen))
-    (memory, right), (disk, found) = caches
-    assert in_file(memory) == 0 and in_file(disk) > 0
+    (there, right), (disk, found) = caches
+    assert in_file(there) == 0 and in_file(disk) > 0
     for i, (a, b) in enumerate(zip(found, right, strict=True)):
         assert a.shape == b.shape and error(a, b) < 1e-5 * b.std(), i
 
