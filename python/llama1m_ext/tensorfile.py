@@ -1,7 +1,7 @@
 """Safetensors files of any size: written in one stream and replaced as a whole, read by header, never trusted.
 
-What is written here has a checksum (xxh3, 64 bits) of every tensor in its metadata, and is a valid safetensors file, which
-other programs can read.
+What is written here has a checksum (xxh3, 64 bits) of every tensor and of the header in its metadata, and is a valid
+safetensors file, which other programs can read.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .stored import CacheDamaged, Span, as_bytes, checksum
+from .stored import ALIGN, CacheDamaged, PageSource, Span, as_bytes, checksum
 
 CHECKSUMS = "llama1m.xxh3"
 """The metadata's name for the checksums: 16 hexadecimal digits for each tensor, in the order of the file."""
+HEADER = "llama1m.header.xxh3"
+"""Its name for the checksum of all bytes before the first tensor, these 16 digits as zeros."""
 MAX_HEADER = 100_000_000
 """Bytes of a header, at most: as in the safetensors library."""
 _PAD = "llama1m.pad"
@@ -64,14 +66,16 @@ def write(path: str | os.PathLike[str], tensors: Iterable[Entry], metadata: Mapp
         OSError: there is no room, or the folder can't be written to. The old file is as it was.
         ValueError: parts that are not what was announced.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # what a symbolic link points to is replaced, not the link
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected the name of a file, got a folder", str(path))
     entries = list(tensors)
     header: dict[str, Any] = {}
     places: list[tuple[int, Entry]] = []
     end = 0
     for name, dtype, shape, parts in entries:
-        if end % dtype.itemsize:
-            pad = dtype.itemsize - end % dtype.itemsize
+        if end % ALIGN:
+            pad = ALIGN - end % ALIGN
             zeros = torch.zeros(pad, dtype=torch.uint8)
             header[f"{_PAD}.{end}"] = _described(torch.uint8, (pad,), end)
             places.append((end, (f"{_PAD}.{end}", torch.uint8, (pad,), [zeros])))
@@ -86,13 +90,22 @@ def write(path: str | os.PathLike[str], tensors: Iterable[Entry], metadata: Mapp
         free = shutil.disk_usage(path.parent).free
         if start + end > free:
             raise OSError(errno.ENOSPC, f"it takes {start + end} bytes, and {free} are free", str(path))
-        sums = [_write_tensor(fd, path, start + at, entry) for at, entry in places]
-        _write_bytes(fd, memoryview(_packed(header, metadata, sums)), 0)
-        os.fsync(fd)
+        try:
+            sums = [_write_tensor(fd, start + at, entry) for at, entry in places]
+            _write_bytes(fd, memoryview(_packed(header, metadata, sums)), 0)
+            os.fsync(fd)
+        except OSError as e:
+            if e.filename is not None:
+                raise  # a part could not be read, from another file
+            message = f"{e.strerror}: it takes {start + end} bytes, and {free} were free"
+            raise OSError(e.errno, message, str(path)) from e
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, tuple[Span, int | None]]]:
+def read(where: str | os.PathLike[str] | PageSource) -> tuple[dict[str, str], dict[str, tuple[Span, int | None]]]:
     """Reads what is in a file, but not the tensors.
+
+    Args:
+        where: a path, or the open file: then what is found is in that file, whoever replaces it meanwhile.
 
     Returns:
         The metadata, and for each tensor where it lies, and its checksum; None where none is known (somebody else's file).
@@ -101,16 +114,21 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, tuple[
         CacheDamaged: not a valid safetensors file.
         OSError: it can't be read.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(MAX_HEADER, size - 8):
-            raise CacheDamaged(f"{path}: expected a safetensors file, found {size} bytes with no header in them")
-        data = file.read(length)
+    source = where if isinstance(where, PageSource) else PageSource.open(where)
+    path, (size, _) = source.name, source.state(0)
+    prefix = torch.zeros(8, dtype=torch.uint8)
+    if size >= 8:
+        source.read(0, prefix)
+    length = int.from_bytes(prefix.numpy().tobytes(), "little")
+    if size < 8 or length > min(MAX_HEADER, size - 8):
+        raise CacheDamaged(f"{path}: expected a safetensors file, found {size} bytes with no header in them")
+    packed = torch.empty(8 + length, dtype=torch.uint8)
+    source.read(0, packed)
+    raw = packed.numpy().tobytes()
+    data = raw[8:]
     try:
         header = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-        if not isinstance(header, dict) or len(data) != length:
+        if not isinstance(header, dict):
             raise ValueError("the header is no object")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -118,6 +136,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, tuple[
         spans = {name: _span(name, entry, 8 + length) for name, entry in header.items()}
         _check_places(list(spans.values()), 8 + length, size)
         sums = _checksums(metadata.pop(CHECKSUMS, None), spans)
+        if metadata.pop(HEADER, None) is not None or sums:
+            at = _place_of_checksum(raw)
+            if raw[at : at + 16].decode() != f"{_checksum_of_header(raw, at):016x}":
+                raise ValueError("the header has another checksum than when it was written: the file is damaged")
     except (ValueError, RecursionError) as e:
         raise CacheDamaged(f"{path}: expected a safetensors file: {e}") from None
     found = {name: (spans[name], sums.get(name)) for name in spans if not name.startswith(_PAD)}
@@ -155,15 +177,36 @@ def _described(dtype: torch.dtype, shape: tuple[int, ...], at: int) -> dict[str,
 
 def _packed(header: Mapping[str, Any], metadata: Mapping[str, str], sums: list[int]) -> bytes:
     """The length and the header, padded so that the tensors begin at a multiple of 64 bytes."""
-    words = {**metadata, CHECKSUMS: "".join(f"{value:016x}" for value in sums)}
+    words = {**metadata, HEADER: "0" * 16, CHECKSUMS: "".join(f"{value:016x}" for value in sums)}
     text = json.dumps({"__metadata__": words, **header}, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     if len(text) > MAX_HEADER:
         raise ValueError(f"tensors: expected a header of at most {MAX_HEADER} bytes, got {len(text)}")
-    return struct.pack("<Q", len(text)) + text
+    packed = struct.pack("<Q", len(text)) + text
+    at = _place_of_checksum(packed)
+    return packed[:at] + f"{_checksum_of_header(packed, at):016x}".encode() + packed[at + 16 :]
 
 
-def _write_tensor(fd: int, path: Path, at: int, entry: Entry) -> int:
+def _place_of_checksum(packed: bytes) -> int:
+    """Where a header has its own checksum.
+
+    Raises:
+        ValueError: nowhere, or in two places.
+    """
+    key = f'"{HEADER}":"'.encode()
+    at = packed.find(key)
+    if at < 0 or packed.find(key, at + 1) >= 0:
+        raise ValueError(f"expected one {HEADER} in the metadata")
+    return at + len(key)
+
+
+def _checksum_of_header(packed: bytes, at: int) -> int:
+    zeroed = bytearray(packed)
+    zeroed[at : at + 16] = b"0" * 16
+    return checksum(torch.frombuffer(zeroed, dtype=torch.uint8))
+
+
+def _write_tensor(fd: int, at: int, entry: Entry) -> int:
     """Writes a tensor's parts; returns its checksum."""
     name, dtype, shape, parts = entry
     nbytes, done, value, count = math.prod(shape) * dtype.itemsize, 0, None, 0
