@@ -12,6 +12,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that wait for tiny operations by spinning take the cores from each other: on a busy machine the suite took 6 times
+# as long. Read by libgomp when torch loads it, which is after this.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextlib.contextmanager
