@@ -48,6 +48,17 @@ def run_python() -> Callable[..., str]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny models, on which threads only wait for each other: many times, on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def nan_in_new_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of pages that nobody has written holds what must not be read: NaN, or codes that would show."""
     import torch
