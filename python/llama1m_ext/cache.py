@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .formats import KvFormat
 from .pages import PagedLayer, PageSize
-from .tokens import Seen
+from .tokens import Maker, Seen
 
 __all__ = ["LongCache", "PagedLayer", "paged_layers"]
 
@@ -46,7 +47,7 @@ class LongCache(DynamicCache):
         kv: str | KvFormat | None = None,
     ) -> None:
         super().__init__(config=config)
-        self._seen = Seen()
+        self._seen, self._maker = Seen(), Maker()
         self.page_size = page_size
         self.kv = kv.name if isinstance(kv, KvFormat) else kv
         fixed = None if self.kv is None or self.kv == "auto" else KvFormat.parse(self.kv)
@@ -85,6 +86,47 @@ class LongCache(DynamicCache):
                     f"{tuple(ids.shape)}"
                 )
             self._seen.append(ids, 0)
+
+    def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
+        """Writes the cache to a file (safetensors), or replaces it: a kill at any moment leaves the old one or the new one.
+
+        Args:
+            path: the file; its folder must be there.
+            model: the model that made the keys and values. Default: that it was last given to.
+
+        Raises:
+            ValueError: there is nothing in it, or it is not known which model made it.
+            OSError: there is no room, or the folder can't be written to. The old file is as it was.
+        """
+        from . import saved
+        from .options import llama_models
+
+        inner = self._maker.model if model is None else llama_models(model)[0]
+        if inner is None:
+            raise ValueError("model: expected the model that made the cache: none has written to it, or it is gone")
+        saved.save(self, path, inner)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any, *, mapped: bool = True) -> LongCache:
+        """Opens a saved cache. Keys and values are not read before they are used, and checked when they are.
+
+        Args:
+            path: the file. Nobody may write to it as long as the cache is in use; `save` replaces it as a whole.
+            model: the model that made it, or something that holds it.
+            mapped: see pages through a memory map; False: read them into memory that is given back after use.
+
+        Raises:
+            ValueError: the cache is another model's (`saved.CacheMismatch`), or the file is damaged (`CacheDamaged`).
+            OSError: it can't be read.
+        """
+        from . import saved
+
+        return saved.load(path, model, mapped=mapped)
+
+    def _made_by(self, model: Any) -> None:
+        """A `LlamaModel` writes to it."""
+        if self._maker.model is not model:
+            self._maker = Maker(model)
 
     def _note(self, ids: Tensor | None, at: int) -> None:
         """The tokens from `at` on are these, `[batch, n]`; None: it is not known which."""

@@ -14,23 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
 import os
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _core
+from . import _core, tensorfile
 from .call import Call
 from .dense import Kind, loaded
+from .fingerprint import fingerprint
 from .sealed import SealedList
 from .stored import CacheDamaged, PageSource, StoredPage, as_bytes, checksum
 
@@ -44,18 +44,6 @@ LATENCY = 0.05
 """Seconds that are assumed to go by however little is written."""
 _STATE = "state.safetensors"
 _META = "llama1m.checkpoint"
-_BLOCK = 64 << 20
-
-
-if TYPE_CHECKING:
-    from . import saved, tensorfile
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("saved", "tensorfile"):
-        globals()[name] = found = importlib.import_module(f"{__package__}.{name}")
-        return found
-    raise AttributeError(name)
 
 
 class Checkpoint:
@@ -85,8 +73,6 @@ class Checkpoint:
         self._since, self._rate = time.monotonic(), RATE
         if call.options.checkpoint is None or len(call.layers) < 2:
             return
-        for name in ("saved", "tensorfile"):  # TEMPORARY until both are committed
-            __getattr__(name)
         self._key = identity(call, ids, embeds)
         try:
             folder = Path(call.options.checkpoint).expanduser() / self._key[:32]
@@ -166,8 +152,9 @@ class Checkpoint:
         pages = []
         for j in range(len(sizes)):
             mine = {name.partition(".")[2]: entry for name, entry in spans.items() if name.split(".")[0] == str(j)}
-            page = StoredPage(source, {n: s for n, (s, _) in mine.items()}, {n: c for n, (_, c) in mine.items()})
-            if page.size != sizes[j] or rooms[j] < sizes[j]:
+            sums = {name: value for name, (_, value) in mine.items() if value is not None}
+            page = StoredPage(source, {name: span for name, (span, _) in mine.items()}, sums)
+            if page.size != sizes[j] or rooms[j] < sizes[j] or len(sums) != len(mine):
                 raise CacheDamaged(f"{path}: page {j}: expected {sizes[j]} tokens, got {page.size}")
             pages.append((page, rooms[j]))
         if sum(sizes) + sum(page.size for page in past[:kept]) != self.call.past_len + self.call.q_len:
@@ -189,7 +176,7 @@ class Checkpoint:
             )
         PageSource.open(path).read(span.offset, as_bytes(hidden))
         if checksum(hidden) != expected:
-            raise CacheDamaged(f"{path}: expected hidden states with checksum {expected:016x}: the file is damaged")
+            raise CacheDamaged(f"{path}: the hidden states are not what was written: the file is damaged")
 
     def _start_over(self, why: Exception) -> None:
         _warn(f"the prefill starts from the beginning, because its checkpoint can't be read: {why}")
@@ -224,7 +211,7 @@ class Checkpoint:
                 "chunk": self.chunk,
                 "environment": _environment(),
             }
-            entry = ("hidden", hidden.dtype, tuple(hidden.shape), _rows(hidden))
+            entry = ("hidden", hidden.dtype, tuple(hidden.shape), [hidden])
             tensorfile.write(self.folder / _STATE, [entry], _metadata(state))
         except (OSError, ValueError) as e:
             # What is there stays valid, and may be gone on from.
@@ -261,7 +248,7 @@ class Checkpoint:
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in (kind.k_dtype, kind.v_dtype)],
         }
         tensors = [
-            (f"{p}.{name}", tensor.dtype, tuple(tensor.shape), _rows(tensor))
+            (f"{p}.{name}", tensor.dtype, tuple(tensor.shape), tensorfile.rows(tensor))
             for p, (part, _) in enumerate(parts)
             for name, tensor in loaded(part).tensors().items()
         ]
@@ -313,7 +300,7 @@ def identity(call: Call, ids: Tensor | None, embeds: Tensor | None) -> str:
     options = call.options
     words = {
         "version": VERSION,
-        "model": saved.fingerprint(call.model),
+        "model": fingerprint(call.model),
         "shape": [call.batch, call.q_len, call.past_len],
         "formats": None if call.pages is None else [page.format.name for page in call.pages],
         "chunk": options.chunk,
@@ -343,7 +330,7 @@ def identity(call: Call, ids: Tensor | None, embeds: Tensor | None) -> str:
 
 def _add(digest: Any, tensor: Tensor) -> None:
     digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    for block in _rows(tensor):
+    for block in tensorfile.rows(tensor):
         digest.update(checksum(block).to_bytes(8, "little"))
 
 
@@ -358,19 +345,6 @@ def _environment() -> dict[str, Any]:
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
-
-
-def _rows(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's elements in order, in contiguous blocks of a bounded size."""
-    if tensor.is_contiguous():
-        flat, step = tensor.detach().view(-1), max(1, _BLOCK // tensor.element_size())
-        for a in range(0, flat.numel(), step):
-            yield flat[a : a + step]
-    elif tensor.dim() > 1 and tensor.numel():
-        for row in tensor:
-            yield from _rows(row)
-    elif tensor.numel():
-        yield tensor.contiguous()
 
 
 def _layer_name(i: int) -> str:

@@ -124,6 +124,7 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
             states = (*seen[:-1], hidden)
     count(model, served=call.served, computed=call.batch * call.q_len, reused=taken)
     if isinstance(call.cache, LongCache):
+        call.cache._made_by(model)
         call.cache._note(whole if call.is_plain else None, call.past_len - taken)
     if shelf is not None and whole is not None:
         shelf.keep(call, whole, taken)

@@ -24,6 +24,7 @@ from . import saved
 from .cache import LongCache
 from .call import Call, decide_format
 from .dense import Stored, loaded
+from .fingerprint import fingerprint as fingerprint_of
 from .formats import KvFormat, Page
 from .options import parse_bytes
 from .pages import PagedLayer
@@ -241,7 +242,7 @@ def shelf_of(call: Call, ids: Tensor | None) -> Shelf | None:
     kind = call.model.rotary_emb.rope_type
     if "dynamic" in kind or kind == "longrope":
         return None  # the keys of a prefix depend on what follows
-    fingerprint = saved.fingerprint(call.model)
+    fingerprint = fingerprint_of(call.model)
     with _lock:
         mine = _shelves.setdefault(call.model, {})
         key = os.path.abspath(os.path.expanduser(folder))

@@ -267,6 +267,11 @@ class StoredPage:
         return self._record.nbytes
 
     @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of its tensors, by their names in `Page.tensors()`."""
+        return {name: span.dtype for name, span in self._record.spans.items()}
+
+    @property
     def at_hand(self) -> bool:
         """Whether `load` takes no memory: the page is still there, or seen through a memory map."""
         return self._rows is None and (self._record.page is not None or self._record.source.mapped)

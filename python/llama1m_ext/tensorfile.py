@@ -141,7 +141,8 @@ def read(where: str | os.PathLike[str] | PageSource) -> tuple[dict[str, str], di
             if raw[at : at + 16].decode() != f"{_checksum_of_header(raw, at):016x}":
                 raise ValueError("the header has another checksum than when it was written: the file is damaged")
     except (ValueError, RecursionError) as e:
-        raise CacheDamaged(f"{path}: expected a safetensors file: {e}") from None
+        # Words of the file, however many it has.
+        raise CacheDamaged(f"{path}: expected a safetensors file: {e!s:.300}") from None
     found = {name: (spans[name], sums.get(name)) for name in spans if not name.startswith(_PAD)}
     return metadata, found
 
@@ -163,6 +164,17 @@ def sweep(folder: str | os.PathLike[str], name: str = "") -> None:
                             os.unlink(entry.path)
                     finally:
                         os.close(fd)
+
+
+def rows(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's elements in order, in contiguous parts: all of it at once, or as few rows as it takes."""
+    if tensor.is_contiguous():
+        yield tensor.detach()
+    elif tensor.dim() > 1 and tensor.numel():
+        for row in tensor:
+            yield from rows(row)
+    elif tensor.numel():
+        yield tensor.detach().contiguous()
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -215,12 +227,12 @@ def _write_tensor(fd: int, at: int, entry: Entry) -> int:
             raise ValueError(f"{name}: expected contiguous parts of {dtype}, got {part.dtype} on {part.device}")
         data = as_bytes(part)
         if done + data.numel() > nbytes:
-            break
+            raise ValueError(f"{name}: expected {nbytes} bytes for {dtype} {shape}, the parts have more")
         _write_bytes(fd, data.numpy().data, at + done)
         done, count = done + data.numel(), count + 1
         value = checksum(data) if done == nbytes and count == 1 else None
     if done != nbytes:
-        raise ValueError(f"{name}: expected {nbytes} bytes for {dtype} {shape}, the parts have another number")
+        raise ValueError(f"{name}: expected {nbytes} bytes for {dtype} {shape}, the parts have {done}")
     return _checksum_of_file(fd, at, nbytes) if value is None else value
 
 

@@ -1,0 +1,369 @@
+"""Caches in files: written atomically, bound to the model that made them, opened without being read.
+
+A saved cache is a safetensors file. `"3.7.k"` is K of the eighth page of the fourth layer (`"3.7.k.codes"` and so on where it is
+compact), `"tokens"` the ids; the metadata say how they belong together. Pages are of a bounded size, so that each can
+be checked and streamed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import LongCache
+from .dense import Kind, Stored
+from .fingerprint import Identity, identity
+from .formats import GROUP, Compact, KvFormat, Page, Side, empty
+from .pages import PagedLayer
+from .stored import CacheDamaged, PageSource, Span, StoredPage, as_bytes, checksum
+from .tensorfile import Entry, read, rows, write
+
+VERSION = 1
+PAGE_BYTES = 16 << 20
+"""Bytes of a page in a file, about: one checksum each, and the unit that is streamed."""
+_META = "llama1m.cache"
+_AXES = ("batch", "kv_heads", "k_dim", "v_dim")
+
+
+class CacheMismatch(ValueError):
+    """A saved cache belongs to another model."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a saved cache is.
+
+    Attributes:
+        version: of the format of the file.
+        tokens: of each batch row.
+        batch, layers, kv_heads, head_dim: its shape.
+        kv: the format of keys and values, as the option of that name.
+        dtype: of the model.
+        nbytes: of the file.
+        has_ids: whether the ids of the tokens are in it.
+        pages: of all layers.
+        model: the identity of the model that made it.
+    """
+
+    version: int
+    tokens: int
+    batch: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    kv: str
+    dtype: str
+    nbytes: int
+    has_ids: bool
+    pages: int
+    model: Identity
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer as a file has it: the tokens of its pages, the format they are in and will be in, and their kind."""
+
+    sizes: list[int]
+    kv: KvFormat
+    kind: Kind
+
+
+def save(cache: LongCache, path: str | os.PathLike[str], model: Any) -> None:
+    """Writes a cache to a file, or replaces it: a kill at any moment leaves the old one or the new one.
+
+    Args:
+        cache: with at least one token, its layers of one length.
+        path: the file; its folder must be there.
+        model: the `LlamaModel` that made it.
+
+    Raises:
+        ValueError: there is nothing in the cache, or it is not one that this package keeps.
+        OSError: there is no room, or the folder can't be written to. The old file is as it was.
+    """
+    layers: list[Any] = list(cache.layers)
+    if not layers or not all(isinstance(layer, PagedLayer) for layer in layers):
+        raise ValueError(f"cache: expected layers of pages, got {[type(layer).__name__ for layer in layers][:1]}")
+    lengths = {layer.length for layer in layers}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"cache: expected tokens, as many in each layer, got {sorted(lengths)}")
+    entries: list[Entry] = []
+    ids = cache.tokens
+    if ids is not None:
+        entries.append(("tokens", ids.dtype, tuple(ids.shape), [ids.contiguous()]))
+    body: dict[str, Any] = {
+        "version": VERSION,
+        "length": lengths.pop(),
+        "model": identity(model).as_dict(),
+        "page_size": cache.page_size,
+        "layers": [],
+    }
+    for i, layer in enumerate(layers):
+        kind, sizes = layer.kind, []
+        for part in _bounded(layer.share(layer.length), kind):
+            sizes.append(part.size)
+            entries.extend(_entries(f"{i}.{len(sizes) - 1}", part, kind))
+        body["layers"].append({
+            "sizes": sizes,
+            "kv": layer.format.name,
+            "kind": list(kind[:4]),
+            "dtypes": [_name(kind.k_dtype), _name(kind.v_dtype)],
+        })  # fmt: skip
+    text = json.dumps(body, sort_keys=True)
+    write(path, entries, {_META: text, f"{_META}.sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def load(path: str | os.PathLike[str], model: Any, *, mapped: bool = True) -> LongCache:
+    """Opens a saved cache. Keys and values are not read before they are used, and checked when they are.
+
+    Args:
+        path: the file. Nobody may write to it as long as the cache is in use; `save` replaces it as a whole.
+        model: a `LlamaModel`, or something that holds one: the one that made the cache.
+        mapped: see pages through a memory map; False: read them into memory that is given back after use.
+
+    Raises:
+        CacheMismatch: the cache is another model's; the message says what differs.
+        CacheDamaged: the file is not what `save` writes.
+        OSError: it can't be read.
+    """
+    from .options import llama_models
+
+    inner = llama_models(model)[0]
+    body, spans = _opened(path)
+    theirs, mine = Identity.from_dict(body["model"]), identity(inner)
+    difference = theirs.difference(mine)
+    if difference:
+        raise CacheMismatch(f"{path}: the cache was made by another model: {difference}")
+    layers = _layers(path, body)
+    source = PageSource.open(path, mapped=mapped)
+    cache = LongCache(page_size=_page_size(path, body), kv=layers[0].kv)
+    for i, layer in enumerate(layers):
+        pages = [_page(source, spans, f"{i}.{j}", size, layer.kind) for j, size in enumerate(layer.sizes)]
+        cache.layers.append(PagedLayer.of_pages(pages, body["length"], layer.kv, cache.page_size, layer.kind))
+    entry = spans.get("tokens")
+    if entry is not None:
+        cache.tokens = _ids(path, entry, (layers[0].kind.batch, body["length"]))
+    _check_names(path, spans, layers)
+    cache._made_by(inner)
+    return cache
+
+
+def info(path: str | os.PathLike[str]) -> Info:
+    """What a saved cache is, from its header.
+
+    Raises:
+        CacheDamaged: the file is not what `save` writes.
+        OSError: it can't be read.
+    """
+    body, spans = _opened(path)
+    layers = _layers(path, body)
+    _check_names(path, spans, layers)
+    kind = layers[0].kind
+    return Info(
+        version=body["version"],
+        tokens=body["length"],
+        batch=kind.batch,
+        layers=len(layers),
+        kv_heads=kind.kv_heads,
+        head_dim=kind.k_dim,
+        kv=layers[0].kv.name,
+        dtype=_name(kind.k_dtype),
+        nbytes=os.stat(path).st_size,
+        has_ids="tokens" in spans,
+        pages=sum(len(layer.sizes) for layer in layers),
+        model=Identity.from_dict(body["model"]),
+    )
+
+
+def verify(path: str | os.PathLike[str]) -> Info:
+    """Reads all of a saved cache and checks it.
+
+    Raises:
+        CacheDamaged: something is not what was written; the message says what.
+        OSError: it can't be read.
+    """
+    found = info(path)
+    body, spans = _opened(path)
+    source = PageSource.open(path)
+    for i, layer in enumerate(_layers(path, body)):
+        for j, size in enumerate(layer.sizes):
+            _page(source, spans, f"{i}.{j}", size, layer.kind).load()
+    if found.has_ids:
+        _ids(path, spans["tokens"], (found.batch, found.tokens))
+    return found
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+def _bounded(parts: Sequence[Page | Stored], kind: Kind) -> Iterator[Page | Stored]:
+    """The same tokens in pages of about `PAGE_BYTES` at most, cut at whole groups."""
+    for part in parts:
+        step = max(GROUP, int(PAGE_BYTES * part.size / max(1, part.nbytes)) // GROUP * GROUP)
+        for a in range(0, part.size, step):
+            yield part if step >= part.size else part.narrow(a, min(a + step, part.size))
+
+
+def _entries(name: str, part: Page | Stored, kind: Kind) -> Iterator[Entry]:
+    """What is written of a page; one that lives elsewhere is loaded when its turn comes."""
+    if isinstance(part, Page):
+        for of, tensor in part.tensors().items():
+            yield f"{name}.{of}", tensor.dtype, tuple(tensor.shape), rows(tensor)
+    else:
+        for of, (shape, dtype) in _shapes(part.dtypes, part.size, kind).items():
+            yield f"{name}.{of}", dtype, shape, _later(part, of)
+
+
+def _later(part: Stored, of: str) -> Iterator[Tensor]:
+    yield from rows(part.load().tensors()[of])
+
+
+def _page(
+    source: PageSource, spans: Mapping[str, tuple[Span, int | None]], name: str, size: int, kind: Kind
+) -> StoredPage:
+    """A page of a file, of the shape that it must have."""
+    mine = {of[len(name) + 1 :]: entry for of, entry in _of_page(spans, name)}
+    page = StoredPage(source, {of: span for of, (span, _) in mine.items()}, _known(source.name, name, mine))
+    expected = _shapes(page.dtypes, size, kind)
+    for of, (span, _) in mine.items():
+        if (span.shape, span.dtype) != expected.get(of):
+            raise CacheDamaged(
+                f"{source.name}: tensor {name}.{of}: expected {expected.get(of)}, got {(span.shape, span.dtype)}"
+            )
+    return page
+
+
+_SIDES = ("k", "v", "k.codes", "k.params", "v.codes", "v.params")
+
+
+def _of_page(spans: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
+    for side in _SIDES:
+        if f"{name}.{side}" in spans:
+            yield f"{name}.{side}", spans[f"{name}.{side}"]
+
+
+def _known(file: str, name: str, spans: Mapping[str, tuple[Span, int | None]]) -> dict[str, int]:
+    found = {of: value for of, (_, value) in spans.items() if value is not None}
+    if len(found) != len(spans):
+        raise CacheDamaged(f"{file}: page {name}: expected a checksum of each tensor")
+    return found
+
+
+def _shapes(dtypes: Mapping[str, torch.dtype], size: int, kind: Kind) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of a page's tensors, given the dtypes of its codes."""
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    sides: dict[str, Side] = {}
+    for which, head_dim, dtype in (("k", kind.k_dim, kind.k_dtype), ("v", kind.v_dim, kind.v_dtype)):
+        name = _CODES.get(dtypes.get(f"{which}.codes"), "model")  # type: ignore[arg-type]  # None is none of them
+        like = torch.empty(0, dtype=dtype, device="meta")
+        shape = (kind.batch, kind.kv_heads, size, head_dim)
+        sides[which] = empty(name, which, shape, like)  # type: ignore[arg-type]  # of the names there are
+    for which, side in sides.items():
+        if isinstance(side, Compact):
+            found[f"{which}.codes"] = (tuple(side.codes.shape), side.codes.dtype)
+            found[f"{which}.params"] = (tuple(side.params.shape), side.params.dtype)
+        else:
+            found[which] = (tuple(side.shape), side.dtype)
+    return found
+
+
+_CODES = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
+
+
+# -- the header --------------------------------------------------------------------------------------------------------
+
+
+def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, tuple[Span, int | None]]]:
+    """The description in the metadata, its types checked, and the tensors."""
+    metadata, spans = read(path)
+    text = metadata.get(_META)
+    if text is None:
+        raise CacheDamaged(f"{path}: expected a saved cache, found a safetensors file without {_META!r}")
+    if hashlib.sha256(text.encode()).hexdigest() != metadata.get(f"{_META}.sha256"):
+        raise CacheDamaged(f"{path}: the metadata are not what was written: the file is damaged")
+    try:
+        body = json.loads(text)
+        version = body["version"]
+        if version != VERSION:
+            raise CacheMismatch(f"{path}: expected version {VERSION} of the format, got {version!r}")
+        if type(body["length"]) is not int or body["length"] < 1 or not isinstance(body["layers"], list):
+            raise ValueError("expected a length and layers")
+        Identity.from_dict(body["model"])
+    except CacheMismatch:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise CacheDamaged(f"{path}: the metadata make no sense: {e!r}") from None
+    return body, spans
+
+
+def _layers(path: str | os.PathLike[str], body: Mapping[str, Any]) -> list[_Layer]:
+    try:
+        found = [_layer(entry, body["length"]) for entry in body["layers"]]
+        if not found or len({layer.kind.batch for layer in found}) != 1:
+            raise ValueError("expected layers of one batch")
+    except (ValueError, KeyError, TypeError) as e:
+        raise CacheDamaged(f"{path}: the metadata make no sense: {e!r}") from None
+    return found
+
+
+def _layer(entry: Mapping[str, Any], length: int) -> _Layer:
+    sizes, axes, dtypes = entry["sizes"], entry["kind"], entry["dtypes"]
+    for name, numbers in (("sizes", sizes), ("kind", axes)):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 < n < 1 << 40 for n in numbers):
+            raise ValueError(f"{name}: expected numbers from 1 on, got {numbers!r:.80}")
+    if sum(sizes) != length or len(axes) != len(_AXES) or len(dtypes) != 2:
+        raise ValueError(f"expected pages with {length} tokens, {_AXES} and two dtypes")
+    k_dtype, v_dtype = (_dtype(name) for name in dtypes)
+    batch, kv_heads, k_dim, v_dim = axes
+    return _Layer(
+        sizes, KvFormat.parse(entry["kv"]), Kind(batch, kv_heads, k_dim, v_dim, k_dtype, v_dtype, torch.device("cpu"))
+    )
+
+
+def _page_size(path: str | os.PathLike[str], body: Mapping[str, Any]) -> Any:
+    size = body.get("page_size")
+    if size != "auto" and not (type(size) is int and size > 0):
+        raise CacheDamaged(f'{path}: page_size: expected "auto" or a number from 1 on, got {size!r}')
+    return size
+
+
+def _check_names(path: str | os.PathLike[str], spans: Mapping[str, Any], layers: Sequence[_Layer]) -> None:
+    """Nothing is in the file that belongs nowhere."""
+    pages = {f"{i}.{j}" for i, layer in enumerate(layers) for j in range(len(layer.sizes))}
+    for name in spans:
+        page = ".".join(name.split(".", 2)[:2])
+        if name != "tokens" and (page not in pages or name[len(page) + 1 :] not in _SIDES):
+            raise CacheDamaged(f"{path}: tensor {name!r:.80} belongs to no page")
+    for page in pages:
+        if not any(True for _ in _of_page(spans, page)):
+            raise CacheDamaged(f"{path}: page {page} is not there")
+
+
+def _ids(path: str | os.PathLike[str], entry: tuple[Span, int | None], shape: tuple[int, int]) -> Tensor:
+    span, expected = entry
+    if span.shape != shape or span.dtype != torch.int64:
+        raise CacheDamaged(f"{path}: tokens: expected int64 {shape}, got {span.dtype} {span.shape}")
+    ids = torch.empty(shape, dtype=torch.int64)
+    PageSource.open(path).read(span.offset, as_bytes(ids))
+    if checksum(ids) != expected:
+        raise CacheDamaged(f"{path}: tokens: the file is damaged")
+    return ids
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def _dtype(name: Any) -> torch.dtype:
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise ValueError(f"dtypes: expected one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
