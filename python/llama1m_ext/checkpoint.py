@@ -142,13 +142,13 @@ class Checkpoint:
     def _refill(self, i: int, layer: SealedList) -> None:
         assert self.folder is not None and self._state is not None
         path = self.folder / _layer_name(i)
-        metadata, spans = tensorfile.read(path)
+        source = PageSource.open(path, mapped=True)
+        metadata, spans = tensorfile.read(source)
         body = _body(metadata, path)
         past, _ = self._past[i]
         kept, sizes, rooms = body["kept"], body["sizes"], body["rooms"]
         if body["run"] != self._state["run"] or body["layer"] != i or not 0 <= kept <= len(past):
             raise CacheDamaged(f"{path}: expected layer {i} of prefill {self._state['run']}")
-        source = PageSource.open(path, mapped=True)
         pages = []
         for j in range(len(sizes)):
             mine = {name.partition(".")[2]: entry for name, entry in spans.items() if name.split(".")[0] == str(j)}
@@ -169,12 +169,13 @@ class Checkpoint:
     def _read_hidden(self, hidden: Tensor) -> None:
         assert self.folder is not None
         path = self.folder / _STATE
-        span, expected = tensorfile.read(path)[1]["hidden"]
+        source = PageSource.open(path)
+        span, expected = tensorfile.read(source)[1]["hidden"]
         if span.shape != hidden.shape or span.dtype != hidden.dtype:
             raise CacheDamaged(
                 f"{path}: expected hidden states {tuple(hidden.shape)} of {hidden.dtype}, got {span.shape} of {span.dtype}"
             )
-        PageSource.open(path).read(span.offset, as_bytes(hidden))
+        source.read(span.offset, as_bytes(hidden))
         if checksum(hidden) != expected:
             raise CacheDamaged(f"{path}: the hidden states are not what was written: the file is damaged")
 

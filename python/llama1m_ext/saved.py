@@ -135,20 +135,20 @@ def load(path: str | os.PathLike[str], model: Any, *, mapped: bool = True) -> Lo
     from .options import llama_models
 
     inner = llama_models(model)[0]
-    body, spans = _opened(path)
+    source = PageSource.open(path, mapped=mapped)
+    body, spans = _opened(source)
     theirs, mine = Identity.from_dict(body["model"]), identity(inner)
     difference = theirs.difference(mine)
     if difference:
         raise CacheMismatch(f"{path}: the cache was made by another model: {difference}")
     layers = _layers(path, body)
-    source = PageSource.open(path, mapped=mapped)
     cache = LongCache(page_size=_page_size(path, body), kv=layers[0].kv)
     for i, layer in enumerate(layers):
         pages = [_page(source, spans, f"{i}.{j}", size, layer.kind) for j, size in enumerate(layer.sizes)]
         cache.layers.append(PagedLayer.of_pages(pages, body["length"], layer.kv, cache.page_size, layer.kind))
     entry = spans.get("tokens")
     if entry is not None:
-        cache.tokens = _ids(path, entry, (layers[0].kind.batch, body["length"]))
+        cache.tokens = _ids(source, entry, (layers[0].kind.batch, body["length"]))
     _check_names(path, spans, layers)
     cache._made_by(inner)
     return cache
@@ -161,9 +161,13 @@ def info(path: str | os.PathLike[str]) -> Info:
         CacheDamaged: the file is not what `save` writes.
         OSError: it can't be read.
     """
-    body, spans = _opened(path)
-    layers = _layers(path, body)
-    _check_names(path, spans, layers)
+    return _info(PageSource.open(path))
+
+
+def _info(source: PageSource) -> Info:
+    body, spans = _opened(source)
+    layers = _layers(source.name, body)
+    _check_names(source.name, spans, layers)
     kind = layers[0].kind
     return Info(
         version=body["version"],
@@ -174,7 +178,7 @@ def info(path: str | os.PathLike[str]) -> Info:
         head_dim=kind.k_dim,
         kv=layers[0].kv.name,
         dtype=_name(kind.k_dtype),
-        nbytes=os.stat(path).st_size,
+        nbytes=os.fstat(source.fd).st_size,
         has_ids="tokens" in spans,
         pages=sum(len(layer.sizes) for layer in layers),
         model=Identity.from_dict(body["model"]),
@@ -188,14 +192,14 @@ def verify(path: str | os.PathLike[str]) -> Info:
         CacheDamaged: something is not what was written; the message says what.
         OSError: it can't be read.
     """
-    found = info(path)
-    body, spans = _opened(path)
     source = PageSource.open(path)
+    found = _info(source)
+    body, spans = _opened(source)
     for i, layer in enumerate(_layers(path, body)):
         for j, size in enumerate(layer.sizes):
             _page(source, spans, f"{i}.{j}", size, layer.kind).load()
     if found.has_ids:
-        _ids(path, spans["tokens"], (found.batch, found.tokens))
+        _ids(source, spans["tokens"], (found.batch, found.tokens))
     return found
 
 
@@ -279,9 +283,10 @@ _CODES = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
 # -- the header --------------------------------------------------------------------------------------------------------
 
 
-def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, tuple[Span, int | None]]]:
+def _opened(source: PageSource) -> tuple[dict[str, Any], dict[str, tuple[Span, int | None]]]:
     """The description in the metadata, its types checked, and the tensors."""
-    metadata, spans = read(path)
+    path = source.name
+    metadata, spans = read(source)
     text = metadata.get(_META)
     if text is None:
         raise CacheDamaged(f"{path}: expected a saved cache, found a safetensors file without {_META!r}")
@@ -345,12 +350,12 @@ def _check_names(path: str | os.PathLike[str], spans: Mapping[str, Any], layers:
             raise CacheDamaged(f"{path}: page {page} is not there")
 
 
-def _ids(path: str | os.PathLike[str], entry: tuple[Span, int | None], shape: tuple[int, int]) -> Tensor:
-    span, expected = entry
+def _ids(source: PageSource, entry: tuple[Span, int | None], shape: tuple[int, int]) -> Tensor:
+    path, (span, expected) = source.name, entry
     if span.shape != shape or span.dtype != torch.int64:
         raise CacheDamaged(f"{path}: tokens: expected int64 {shape}, got {span.dtype} {span.shape}")
     ids = torch.empty(shape, dtype=torch.int64)
-    PageSource.open(path).read(span.offset, as_bytes(ids))
+    source.read(span.offset, as_bytes(ids))
     if checksum(ids) != expected:
         raise CacheDamaged(f"{path}: tokens: the file is damaged")
     return ids
