@@ -247,21 +247,41 @@ def test_another_model_never_takes_it(model, tmp_path, what):
     assert read(other, ids)[1].reused, "its own it does take"
 
 
+class Adapter(torch.nn.Module):
+    """What PEFT puts in the place of a projection; plain attributes say whether it does anything, and how much."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.enabled, self.scaling = base, True, {"default": 0.5}
+        self.a = torch.nn.Linear(base.in_features, 4, bias=False)
+        self.b = torch.nn.Linear(4, base.out_features, bias=False)
+
+    def forward(self, x):
+        out = self.base(x)
+        return out + self.scaling["default"] * self.b(self.a(x)) if self.enabled else out
+
+
 def test_an_adapter_that_is_switched_off_and_on(model, tmp_path):
-    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    adapted = peft.get_peft_model(model, config).eval()
+    adapters = []
+    for layer in model.model.layers:
+        layer.self_attn.v_proj = Adapter(layer.self_attn.v_proj)
+        adapters.append(layer.self_attn.v_proj)
     (ids,) = prompts(600, 1)
-    plain, _ = read(adapted, ids)
-    with adapted.disable_adapter():
-        without, _ = read(adapted, ids)
-    assert (plain.logits - without.logits).abs().max() > 1e-2
-    llama1m_ext.remember(adapted, tmp_path)
-    for _ in range(2):
-        torch.testing.assert_close(read(adapted, ids)[0].logits, plain.logits, rtol=1e-4, atol=1e-4)
-        with adapted.disable_adapter():
-            torch.testing.assert_close(read(adapted, ids)[0].logits, without.logits, rtol=1e-4, atol=1e-4)
+
+    def ways():
+        for enabled, scaling in ((True, 0.5), (False, 0.5), (True, 0.25)):
+            for adapter in adapters:
+                adapter.enabled, adapter.scaling = enabled, {"default": scaling}
+            yield read(model, ids)
+
+    plain = [got.logits for got, _ in ways()]
+    assert (plain[0] - plain[1]).abs().max() > 1e-2 < (plain[0] - plain[2]).abs().max()
+    llama1m_ext.remember(model, tmp_path)
+    for again in range(2):
+        for (got, stats), want in zip(ways(), plain, strict=True):
+            torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-4)
+            assert bool(stats.reused) == bool(again)
 
 
 @pytest.mark.parametrize(
