@@ -73,7 +73,15 @@ class Checkpoint:
         self._since, self._rate = time.monotonic(), RATE
         if call.options.checkpoint is None or len(call.layers) < 2:
             return
-        self._key = identity(call, ids, embeds)
+        try:
+            self._key = identity(call, ids, embeds)
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+        ) as e:  # weights that are elsewhere, or somebody's own kind of tensors
+            _warn(f"no checkpoints of this prefill: {e}")
+            return
         try:
             folder = Path(call.options.checkpoint).expanduser() / self._key[:32]
             folder.mkdir(parents=True, exist_ok=True)

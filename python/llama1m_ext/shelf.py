@@ -242,7 +242,11 @@ def shelf_of(call: Call, ids: Tensor | None) -> Shelf | None:
     kind = call.model.rotary_emb.rope_type
     if "dynamic" in kind or kind == "longrope":
         return None  # the keys of a prefix depend on what follows
-    fingerprint = fingerprint_of(call.model)
+    try:
+        fingerprint = fingerprint_of(call.model)
+    except (ValueError, TypeError, RuntimeError) as e:  # weights that are elsewhere, or tensors of somebody's own kind
+        warnings.warn(f"llama1m_ext: prompts are not remembered: {e}", stacklevel=2)
+        return None
     with _lock:
         mine = _shelves.setdefault(call.model, {})
         key = os.path.abspath(os.path.expanduser(folder))

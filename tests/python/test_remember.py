@@ -512,6 +512,25 @@ def test_a_folder_that_can_not_be_made(model, tmp_path):
         read(model, testing.random_ids(1, 400))
 
 
+def test_weights_that_can_not_be_read(model, tmp_path, monkeypatch):
+    from llama1m_ext import checkpoint, shelf
+
+    def refuse(*args):
+        raise ValueError("expected weights in memory")
+
+    monkeypatch.setattr(shelf, "fingerprint_of", refuse)
+    monkeypatch.setattr(checkpoint, "fingerprint", refuse)
+    ids = testing.random_ids(1, 400)
+    want, _ = read(model, ids)
+    llama1m_ext.remember(model, tmp_path)
+    with pytest.warns(UserWarning, match="prompts are not remembered: expected weights"):
+        assert torch.equal(read(model, ids)[0].logits, want.logits)
+    llama1m_ext.remember(model, None)
+    llama1m_ext.set_options(model, checkpoint=tmp_path)
+    with pytest.warns(UserWarning, match="no checkpoints of this prefill: expected weights"):
+        assert torch.equal(read(model, ids)[0].logits, want.logits)
+
+
 def test_a_call_that_fails_leaves_the_cache_empty(model, tmp_path):
     llama1m_ext.remember(model, tmp_path)
     asked = prompts(600, 2)
