@@ -10,13 +10,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama import modeling_llama
 
-from . import _compat, offload
+from . import _compat, offload, plan_call
 from .cache import PagedLayer, paged_layers
 from .dense import Scratch
-from .formats import MODEL, KvFormat
+from .formats import KvFormat
 from .intervals import ALL, Intervals, from_mask
 from .memory import available_bytes
-from .options import parse_bytes
 from .options import read as read_options
 from .rope import Rope
 
@@ -135,19 +134,17 @@ def decide_format(call: Call) -> None:
     Where pages go to a disk, the layers get a store."""
     layers = call.pages or []
     undecided = [layer for layer in layers if not layer.decided]
-    if undecided:
-        found = next((layer.format for layer in layers if layer.decided), None)
-        if found is None:
-            kv = getattr(call.cache, "kv", None) or call.options.kv
-            found = MODEL if kv == "auto" else KvFormat.parse(kv)
+    storage = None
+    if undecided or (layers and layers[0].store is None and (not call.past_len or call.options.offload == "disk")):
+        storage = plan_call.storage_of(call)
+        found = next((layer.format for layer in layers if layer.decided), None) or KvFormat.parse(storage.kv)
         for layer in undecided:
             layer.decide(found)
-    if call.options.offload == "disk" and any(layer.store is None for layer in layers):
+    if storage is not None and storage.offload == "disk" and any(layer.store is None for layer in layers):
         store = next((layer.store for layer in layers if layer.store is not None), None)
         if store is None:
-            budget = call.options.kv_memory
-            room = (available_bytes() or 2 << 30) // 2 if budget == "auto" else parse_bytes("kv_memory", budget)
-            store = offload.Store(room, call.options.offload_dir, len(layers))
+            assert storage.kv_memory is not None
+            store = offload.Store(storage.kv_memory, call.options.offload_dir, len(layers))
         for layer in layers:
             if layer.store is None:
                 layer.keep_in(store)

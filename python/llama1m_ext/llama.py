@@ -17,6 +17,7 @@ from . import offload, ops
 from .cache import PagedLayer
 from .call import DTYPES, MARK, Call
 from .stats import count
+from .workspace import Workspace
 
 Forward = Callable[..., Any]
 
@@ -48,22 +49,26 @@ def attention_forward(original: Forward, owner: type) -> Forward:
     return forward
 
 
-def attend(attn: Any, x: Tensor, call: Call, layer: PagedLayer | None, at: int = 0) -> Tensor | None:
+def attend(
+    attn: Any, x: Tensor, call: Call, layer: PagedLayer | None, at: int = 0, space: Workspace | None = None
+) -> Tensor | None:
     """Attention of x, tokens `at` to `at + n` of the call, to all keys so far and their own; o_proj included.
 
     Args:
         attn: the `LlamaAttention`.
         x: `[batch, n, hidden]`, normed.
         layer: where keys and values are kept; None: x is all there is.
+        space: memory for what is made on the way; x may be what was taken there as "x", and so is the result then.
 
     Returns:
         `[batch, n, hidden]`, or None where the kernel can't serve what the projections gave (nothing has happened then).
     """
     batch, n, _ = x.shape
     shape = (batch, n, -1, attn.head_dim)
-    q = attn.q_proj(x).view(shape).transpose(1, 2)
-    k = attn.k_proj(x).view(shape).transpose(1, 2)
-    v = attn.v_proj(x).view(shape).transpose(1, 2)
+    linear = _call if space is None else space.linear
+    q = linear("a", attn.q_proj, x).view(shape).transpose(1, 2)
+    k = linear("b", attn.k_proj, x).view(shape).transpose(1, 2)
+    v = linear("c", attn.v_proj, x).view(shape).transpose(1, 2)
     if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and (layer is None or layer.fits(k, v))):
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -71,7 +76,7 @@ def attend(attn: Any, x: Tensor, call: Call, layer: PagedLayer | None, at: int =
     if layer is None:
         rotated, k = call.rope.apply(q, k, at=at)
     else:
-        rotated = store(layer, q, k, v, call, at)
+        rotated = store(layer, q, k, v, call, at, None if space is None else q)
     assert rotated is not None
     rotated = rotated.to(v.dtype)  # tables of somebody else's may be wider
     where: dict[str, Any] = {
@@ -85,23 +90,30 @@ def attend(attn: Any, x: Tensor, call: Call, layer: PagedLayer | None, at: int =
     else:
         out = offload.attention(rotated, layer, **where)
     call.served += 1
-    return attn.o_proj(out.transpose(1, 2).reshape(batch, n, -1))  # type: ignore[union-attr]
+    return linear("x", attn.o_proj, out.transpose(1, 2).reshape(batch, n, -1))  # type: ignore[union-attr]
 
 
-def store(layer: PagedLayer, q: Tensor | None, k: Tensor, v: Tensor, call: Call, at: int) -> Tensor | None:
+def _call(name: str, module: Any, x: Tensor) -> Tensor:
+    return module(x)
+
+
+def store(
+    layer: PagedLayer, q: Tensor | None, k: Tensor, v: Tensor, call: Call, at: int, q_out: Tensor | None = None
+) -> Tensor | None:
     """Rotates q and k, and appends k and v to the pages: k is rotated straight into them. Returns the rotated q.
 
     Args:
         q: `[batch, q_heads, n, head_dim]`, or None where nobody asks.
         k, v: `[batch, kv_heads, n, head_dim]`, tokens `at` to `at + n` of the call.
+        q_out: where the rotated q may go; may be q itself.
     """
     slots = layer.slots(k, v)
     if len(slots) == 1:
         k_slot, v_slot = slots[0]
-        q, _ = call.rope.apply(q, k, k_out=k_slot, at=at)
+        q, _ = call.rope.apply(q, k, k_out=k_slot, at=at, q_out=q_out)
         v_slot.copy_(v)
         layer.commit(k.shape[2])
     else:
-        q, k = call.rope.apply(q, k, at=at)
+        q, k = call.rope.apply(q, k, at=at, q_out=q_out)
         layer.append(k, v)
     return q

@@ -17,6 +17,11 @@ def available_bytes() -> int | None:
     return min((n for n in found if n is not None), default=None)
 
 
+def address_space() -> int | None:
+    """Bytes that may still be mapped, whether they are used or not (`ulimit -v`, `ulimit -d`); None: no limit."""
+    return min(_of_limits(), default=None)
+
+
 def _of_system() -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
@@ -71,10 +76,10 @@ def chunk_len(config: Any, batch: int, element_size: int, available: int | None 
     """Queries of a chunk, so that one chunk's activations stay within `CHUNK_BYTES` and a sixteenth of what is available
     (default: of what is free)."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = 2 * config.num_attention_heads + 4 * config.num_key_value_heads
-    # gate, up, their product; norms in float32; q, out, k, v twice (before and after rotation)
-    per_token = element_size * (3 * config.intermediate_size + 3 * config.hidden_size + heads * head_dim)
-    per_token = batch * (per_token + 2 * 4 * config.hidden_size)
+    q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    # As `plan_bytes.activation_bytes`: normed states, q or gate, k or up, v, attention's output.
+    wide = max(q, config.intermediate_size) + max(kv, config.intermediate_size)
+    per_token = batch * element_size * (config.hidden_size + wide + kv + q)
     available = available_bytes() if available is None else available
     budget = CHUNK_BYTES if available is None else min(CHUNK_BYTES, available // 16)
     fits = max(1, budget // per_token)

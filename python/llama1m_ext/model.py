@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from . import _compat, patch
+from . import _compat, patch, plan_call
 from .cache import LongCache
 from .call import KEEP, MARK, Call, NotServed, check_matrix_fits, is_ours, open_call
 from .prefill import is_long, layer_major
@@ -100,6 +100,7 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
         hidden = layer_major(call, ids, embeds, keep)
         count(model, layer_major=1)
     else:
+        plan_call.check(call, keep, call.q_len)
         hidden = model.embed_tokens(ids) if embeds is None else embeds
         call.begin(hidden)
         for page in call.pages or ():

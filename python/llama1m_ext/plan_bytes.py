@@ -18,8 +18,10 @@ SIDE_BY_SIDE = ("model", "int8", "fp8", "int8/int4", "int4")
 """Formats as tables list them."""
 SCRATCH = 3 << 19
 """Scratch of the attention kernel for each thread: src/cpu/attention.rs keeps it within a second-level cache."""
-MATMUL = 4 << 20
+MATMUL = 1 << 20
 """What the matrix library keeps for its own copies, for each thread."""
+NORM_ROWS = 256
+"""Tokens that a norm sees at a time (`workspace`)."""
 PARTIALS = 3
 """Outputs in float32 that wait for their merge, at most, where pages are streamed in."""
 _ROUND = 128
@@ -144,18 +146,17 @@ def room_bytes(shape: Shape, kv: str, total: int, batch: int = 1) -> int:
 def activation_bytes(shape: Shape, chunk: int, batch: int, streamed: bool = False) -> int:
     """Of a chunk through a whole layer, at the worst of its moments, beyond its input."""
     e, h, q, kv = shape.size, shape.hidden, shape.q_dim, shape.kv_dim
-    norm = 8 * h  # two of: the input in float32, its squares, the product; or the product and what it is rounded to
-    attention = e * (h + 3 * q + 2 * kv + h)  # normed, q k v, rotated q, out; o_proj's
-    if streamed:
-        attention += 4 * q * PARTIALS
-    mlp = e * (h + 3 * shape.intermediate)  # normed; gate, up and their product
-    return batch * chunk * max(norm, attention, mlp)
+    # Of the workspace: normed states and results, q or gate, k or up, v. They stay when attention's output comes.
+    kept = e * (h + max(q, shape.intermediate) + max(kv, shape.intermediate) + kv)
+    out = q * (e + 4 * PARTIALS if streamed else e)
+    norm = 8 * h * min(NORM_ROWS, batch * chunk)  # two of: the input in float32, its squares, the product
+    return batch * chunk * (kept + out) + norm
 
 
 def keys_bytes(shape: Shape, chunk: int, batch: int) -> int:
     """Of a chunk of which only keys and values are made."""
     e, h = shape.size, shape.hidden
-    return batch * chunk * max(8 * h, e * (h + 2 * shape.kv_dim))
+    return batch * chunk * e * (h + 2 * shape.kv_dim) + 8 * h * min(NORM_ROWS, batch * chunk)
 
 
 def parts(shape: Shape, work: Work, storage: Storage) -> Parts:

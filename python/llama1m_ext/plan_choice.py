@@ -178,6 +178,32 @@ def check(
     )
 
 
+def check_pages(shape: Shape, work: Work, storage: Storage, most: int, pages: int) -> None:
+    """Whether pages fit into the `kv_memory` that the user gave.
+
+    Raises:
+        DoesNotFit: with the cheapest ways out.
+    """
+    if pages <= most:
+        return
+    ways = []
+    for name in LADDER:
+        smaller = kv_bytes(shape, name, work.past + work.tokens, work.batch)
+        if smaller <= most:
+            ways.append(f'set_options(model, kv="{name}"): its pages take {gib(smaller)}')
+            break
+    ways.append(f'set_options(model, kv_memory="{-(-pages // _MIB)}MiB")')
+    ways.append(f'set_options(model, offload="disk"): {gib(pages - most)} of the pages go to the disk')
+    text = "\n".join(f"  - {way}" for way in ways)
+    raise DoesNotFit(
+        f'kv_memory: {work.past + work.tokens} tokens in kv="{storage.kv}" take {gib(pages)} of pages, and {gib(most)} are '
+        f"allowed. Nothing was computed. Ways out, the cheapest first:\n{text}",
+        pages,
+        most,
+        tuple(ways),
+    )
+
+
 def _ways(shape: Shape, work: Work, storage: Storage, limit: int, used: int, offload: str | None) -> Iterator[str]:
     """What would fit, the cheapest first: a smaller chunk costs nothing, a smaller format precision, a disk time."""
 

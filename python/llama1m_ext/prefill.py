@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from transformers.models.llama import modeling_llama
 
-from . import _compat, llama
+from . import _compat, llama, plan_call
 from .cache import PagedLayer
 from .call import Call, NotServed, own_forward
 from .checkpoint import Checkpoint
 from .memory import chunk_len
 from .progress import Progress
+from .workspace import Workspace
 
 _STOCK_LAYER_FORWARD = modeling_llama.LlamaDecoderLayer.forward
 
@@ -51,17 +52,18 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
     """
     model, n = call.model, call.q_len
     chunk = _chunk(call, embeds)
+    plan_call.check(call, keep, chunk)
     if embeds is None:
         assert ids is not None
         first = model.embed_tokens(ids[:, :chunk])
-        call.begin(first)
+        call.begin(first.new_empty((call.batch, 0, first.shape[-1])))  # which is kept, as an example
         hidden = first.new_empty((call.batch, n, first.shape[-1]))
     else:
         first = embeds[:, :0]
         call.begin(embeds)
         hidden = torch.empty_like(embeds, memory_format=torch.contiguous_format)
     keep = n if keep <= 0 else min(keep, n)
-    scratch = PagedLayer(call.options.page_size)
+    scratch, space = PagedLayer(call.options.page_size), Workspace()
     cost = Cost(call)
     total = cost.total(n, n - keep)
     with (
@@ -87,12 +89,14 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
                 page = call.pages[i]
             page.expect(call.past_len + n, call.scratch)
             silent = n - keep if i == len(call.layers) - 1 else 0
+            if silent:
+                space = Workspace()  # less is needed now, and all pages are there
             for a, b in _chunks(0, silent, chunk):
                 # Nobody will look at these positions of the last layer: their keys and values are all that matters.
-                _keys_only(layer, hidden[:, a:b], call, page, a)
+                _keys_only(layer, hidden[:, a:b], call, page, a, space)
                 progress.step(cost.keys(b - a))
             for a, b in _chunks(silent, n, chunk):
-                _layer(layer, hidden[:, a:b], call, page, a)
+                _layer(layer, hidden[:, a:b], call, page, a, space)
                 progress.step(cost.chunk(a, b))
             page.seal()
             checkpoint.layer_done(i, hidden)
@@ -107,13 +111,14 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
         return out
 
 
-def _layer(layer: Any, hidden: Tensor, call: Call, page: PagedLayer, at: int) -> None:
+def _layer(layer: Any, hidden: Tensor, call: Call, page: PagedLayer, at: int, space: Workspace) -> None:
     """A decoder layer over one chunk, `[batch, n, hidden]`, updated in place."""
-    out = llama.attend(layer.self_attn, layer.input_layernorm(hidden), call, page, at)
+    out = llama.attend(layer.self_attn, space.norm("x", layer.input_layernorm, hidden), call, page, at, space)
     if out is None:
         raise NotServed("q, k and v have gradients or different dtypes")
     _add(hidden, out)
-    _add(hidden, layer.mlp(layer.post_attention_layernorm(hidden)))
+    del out
+    _add(hidden, space.mlp(layer.mlp, space.norm("x", layer.post_attention_layernorm, hidden)))
 
 
 def _add(hidden: Tensor, out: Tensor) -> None:
@@ -122,12 +127,12 @@ def _add(hidden: Tensor, out: Tensor) -> None:
     hidden.add_(out)
 
 
-def _keys_only(layer: Any, hidden: Tensor, call: Call, page: PagedLayer, at: int) -> None:
+def _keys_only(layer: Any, hidden: Tensor, call: Call, page: PagedLayer, at: int, space: Workspace) -> None:
     attn = layer.self_attn
-    x = layer.input_layernorm(hidden)
+    x = space.norm("x", layer.input_layernorm, hidden)
     shape = (*x.shape[:2], -1, attn.head_dim)
-    k = attn.k_proj(x).view(shape).transpose(1, 2)
-    v = attn.v_proj(x).view(shape).transpose(1, 2)
+    k = space.linear("b", attn.k_proj, x).view(shape).transpose(1, 2)
+    v = space.linear("c", attn.v_proj, x).view(shape).transpose(1, 2)
     if k.dtype != v.dtype or not page.fits(k, v) or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
         raise NotServed("q, k and v have gradients or different dtypes")
     llama.store(page, None, k, v, call, at)

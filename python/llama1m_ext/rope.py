@@ -59,13 +59,14 @@ class Rope:
         return 2
 
     def apply(
-        self, q: Tensor | None, k: Tensor, k_out: Tensor | None = None, at: int = 0
+        self, q: Tensor | None, k: Tensor, k_out: Tensor | None = None, at: int = 0, q_out: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
         """Rotates q and k, `[batch, heads, n, head_dim]`, tokens `at` to `at + n` of the call.
 
         Args:
             q: may be None: only k is wanted.
             k_out: where the rotated k goes, `[batch, kv_heads, n, head_dim]`; None: into new memory.
+            q_out: where the rotated q may go, likewise; may be q itself.
         """
         n = k.shape[2]
         if self.inv_freq is None:
@@ -80,7 +81,9 @@ class Rope:
         if q is None:
             rotated, _ = ops.rope_apply(k, None, positions, self.inv_freq, attention_scaling=self.scaling, q_out=k_out)
             return None, rotated
-        q, rotated_k = ops.rope_apply(q, k, positions, self.inv_freq, attention_scaling=self.scaling, k_out=k_out)
+        q, rotated_k = ops.rope_apply(
+            q, k, positions, self.inv_freq, attention_scaling=self.scaling, q_out=q_out, k_out=k_out
+        )
         assert rotated_k is not None
         return q, rotated_k
 

@@ -1,0 +1,108 @@
+"""The plan of one call, made just before it runs: the format and the place of its pages, and whether it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import plan_bytes, plan_choice
+from .memory import address_space, available_bytes, chunk_len
+from .options import parse_bytes
+from .plan_bytes import Storage, Work
+from .plan_shape import SIZES, Shape, dtype_name, of_config
+
+if TYPE_CHECKING:
+    from .call import Call
+
+SMALL = 64 << 20
+"""Calls whose pages and hidden states take less are not planned: they keep the model's own format, and run."""
+
+
+def storage_of(call: Call) -> Storage:
+    """How the pages of a call's cache are to be kept: what it is kept in already, what the options say, or what "auto"
+    makes of them. Microseconds for small calls, and for those with nothing to choose."""
+    kept, options = _kept(call), call.options
+    if kept is not None:
+        return kept
+    decided = next((layer.format.name for layer in call.pages or () if layer.decided), None)
+    kv = decided or getattr(call.cache, "kv", None) or options.kv
+    if _is_small(call) and options.offload != "disk":
+        return Storage("model" if kv == "auto" else kv)
+    chunk = options.chunk
+    if chunk == "auto":
+        chunk = chunk_len(call.model.config, call.batch, call.model.dtype.itemsize)
+    shape, work, used = _reckoned(call, 1, chunk)
+    pages = None if options.kv_memory == "auto" else parse_bytes("kv_memory", options.kv_memory)
+    return plan_choice.choose(shape, work, available_bytes(), kv, options.offload, pages, used).storage
+
+
+def check(call: Call, keep: int, chunk: int) -> None:
+    """Before a call's work.
+
+    Args:
+        keep: so many last positions get logits; 0: all.
+        chunk: queries that go through a layer at a time.
+
+    Raises:
+        DoesNotFit: what it takes is more than there is.
+    """
+    if call.q_len == 1 or _is_small(call):
+        return
+    available = available_bytes()
+    if available is None:
+        return
+    shape, work, used = _reckoned(call, keep, chunk)
+    storage = storage_of(call)
+    plan_choice.check(shape, work, storage, available, used, call.options.offload, address_space())
+    budget = call.options.kv_memory
+    if call.pages is not None and storage.offload != "disk" and budget != "auto":
+        total, most = call.past_len + call.q_len, parse_bytes("kv_memory", budget)
+        plan_choice.check_pages(shape, work, storage, most, plan_bytes.kv_bytes(shape, storage.kv, total, call.batch))
+
+
+def _is_small(call: Call) -> bool:
+    config = call.model.config
+    pages = 0 if call.pages is None else 2 * config.num_hidden_layers * _kv_dim(config)
+    tokens = call.batch * (call.past_len + call.q_len)
+    return tokens * (pages + config.hidden_size) * call.model.dtype.itemsize < SMALL
+
+
+def _kv_dim(config: Any) -> int:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_dim * config.num_key_value_heads
+
+
+def _kept(call: Call) -> Storage | None:
+    """How a cache that has tokens already is kept; None: it has none, or the first of them came from elsewhere."""
+    if not call.pages or not call.past_len or not call.pages[0].decided:
+        return None
+    kv, store = call.pages[0].format.name, call.pages[0].store
+    if store is not None:
+        return Storage(kv, "disk", store.budget)
+    return Storage(kv, "disk", _budget(call)) if call.options.offload == "disk" else Storage(kv)
+
+
+def _budget(call: Call) -> int:
+    if call.options.kv_memory != "auto":
+        return parse_bytes("kv_memory", call.options.kv_memory)
+    return (available_bytes() or 2 << 30) // plan_choice.DISK_SHARE
+
+
+def _reckoned(call: Call, keep: int, chunk: int) -> tuple[Shape, Work, int]:
+    """(sizes, work, bytes that are taken already): weights, and the pages that the cache has."""
+    dtype = str(call.model.dtype).removeprefix("torch.")
+    shape = of_config(call.model.config, dtype_name(dtype) if dtype in SIZES else "float32")
+    if call.pages is None:
+        shape = dataclasses.replace(shape, layers=1)  # one layer's pages, again and again
+    work = Work(call.q_len, call.past_len, batch=call.batch, keep=keep, chunk=chunk, threads=torch.get_num_threads())
+    # The kernels keep theirs from call to call.
+    used = shape.weight_bytes + work.threads * (plan_bytes.SCRATCH + plan_bytes.MATMUL)
+    if call.past_len:
+        kv = _kept(call)
+        used += min(
+            plan_bytes.kv_bytes(shape, "model" if kv is None else kv.kv, call.past_len, call.batch),
+            sum(layer.nbytes for layer in call.pages or ()),
+        )
+    return shape, work, used
