@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rope import frequencies
-from .stored import checksum
+from .stored import as_bytes, checksum
 
 _CONFIG = (
     "model_type",
+    "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -30,6 +32,7 @@ _CONFIG = (
 # Attributes of transformers' own modules that decide what they compute; all plain ones of other modules count.
 _ATTRIBUTES = ("scaling", "variance_epsilon", "attention_scaling", "rope_type")
 _STOCK = ("torch.nn.modules.", "transformers.models.llama.", "transformers.activations")
+_RUNS, _RUN = 16, 64 << 10
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -39,14 +42,14 @@ class Identity:
 
     Attributes:
         config: shapes, activation, epsilon.
-        rope: the frequencies: theta and scaling.
+        rope: theta, scaling, and the frequencies that follow from them.
         modules: their types, and what decides how foreign ones compute (an adapter that is switched off).
         dtype: of the weights.
-        weights: every bit of them.
+        weights: a sample of each tensor, all of a small one.
     """
 
     config: dict[str, Any]
-    rope: str
+    rope: dict[str, Any]
     modules: str
     dtype: str
     weights: str
@@ -62,35 +65,37 @@ class Identity:
         Raises:
             ValueError: something else.
         """
-        names = set(cls.__dataclass_fields__)
-        if not isinstance(entry, dict) or entry.keys() != names or not isinstance(entry["config"], dict):
-            raise ValueError(f"model: expected {sorted(names)}, got {entry!r:.80}")
-        if not all(isinstance(entry[name], str) for name in names - {"config"}):
-            raise ValueError(f"model: expected words, got {entry!r:.80}")
+        if not isinstance(entry, dict) or entry.keys() != set(cls.__dataclass_fields__):
+            raise ValueError(f"model: expected {', '.join(cls.__dataclass_fields__)}, got {entry!r:.80}")
+        for name, value in entry.items():
+            if not isinstance(value, dict if name in ("config", "rope") else str):
+                raise ValueError(f"model: {name}: expected something else, got {value!r:.80}")
+        frequencies = entry["rope"].get("inv_freq")
+        numbers = [*frequencies, entry["rope"].get("attention_scaling")] if isinstance(frequencies, list) else [None]
+        if not all(type(x) in (int, float) for x in numbers):
+            raise ValueError(f"model: rope: expected frequencies, got {frequencies!r:.80}")
         return cls(**entry)
 
-    def difference(self, other: Identity) -> str:
-        """In words how another model differs from this one; empty if it doesn't."""
-        for name in sorted({*self.config, *other.config}):
-            mine, theirs = self.config.get(name), other.config.get(name)
-            if mine != theirs:
-                return f"{name}: expected {mine!r}, this model has {theirs!r}"
+    def difference(self, other: Identity) -> list[str]:
+        """In words how another model differs from this one, field by field; empty if it doesn't."""
+        found = _differences(self.config, other.config)
+        if not _same_rope(self.rope, other.rope):
+            found += _differences(self.rope, other.rope)
         for name, of in (
-            ("dtype", "the dtype of the weights"),
-            ("rope", "RoPE's frequencies (theta, scaling)"),
+            ("dtype", "dtype of the weights"),
             ("modules", "the modules (an adapter?)"),
             ("weights", "the weights"),
         ):
             if getattr(self, name) != getattr(other, name):
-                return f"{of}: expected {getattr(self, name)}, this model has {getattr(other, name)}"
-        return ""
+                found.append(f"{of}: expected {getattr(self, name)}, this model has {getattr(other, name)}")
+        return found
 
 
 def identity(model: Any) -> Identity:
     """The identity of a `LlamaModel` as it is now.
 
-    All weights are read, which takes as long as one decoded token: whoever changes them in place may leave no trace but
-    that.
+    Of each tensor of weights 16 runs of 64 KiB are read anew each time, which takes some 20 ms for a model of 8B:
+    whoever changes weights in place may leave no trace but that.
 
     Raises:
         ValueError: weights that are not in memory.
@@ -127,21 +132,62 @@ def _sum(tensor: Tensor) -> int:
     tensor = tensor.detach()
     if type(tensor) is not Tensor:
         tensor = tensor.as_subclass(Tensor)
-    return checksum(tensor.cpu().contiguous())
+    memory = as_bytes(tensor.cpu().contiguous())
+    if memory.numel() > _RUNS * _RUN:
+        last = memory.numel() - _RUN
+        memory = torch.cat([memory[a : a + _RUN] for a in (last * i // (_RUNS - 1) for i in range(_RUNS))])
+    return checksum(memory)
 
 
-def _rope(model: Any) -> str:
+def _rope(model: Any) -> dict[str, Any]:
+    from .rope import frequencies  # which needs transformers' Llama: a file's header can be read without
+
     rotary = model.rotary_emb
-    found = frequencies(rotary, torch.zeros((1, 1), dtype=torch.long))
-    digest = hashlib.blake2b(type(rotary).__qualname__.encode(), digest_size=8)
-    digest.update(str(getattr(rotary, "rope_type", None)).encode())
-    inv_freq, scaling = (rotary.inv_freq, 0.0) if found is None else found
-    digest.update(inv_freq.detach().cpu().double().numpy().tobytes() + float(scaling).hex().encode())
-    kind = str(getattr(rotary, "rope_type", ""))
-    if "dynamic" in kind or kind == "longrope":
-        words = {name: getattr(model.config, name, None) for name in ("rope_parameters", "rope_scaling")}
-        digest.update(json.dumps(_plain(words), sort_keys=True).encode())
-    return digest.hexdigest()
+    words = getattr(rotary.config, "rope_parameters", None)  # since 5.0
+    if not isinstance(words, Mapping):
+        words = {
+            "rope_theta": getattr(rotary.config, "rope_theta", None),
+            **(getattr(rotary.config, "rope_scaling", None) or {}),
+        }
+    found = {"rope_type" if key == "type" else key: _plain(value) for key, value in words.items() if value is not None}
+    found["rope_type"] = str(getattr(rotary, "rope_type", "?"))
+    if _depends_on_length(found):
+        found["max_position_embeddings"] = getattr(rotary.config, "max_position_embeddings", None)
+    now = frequencies(rotary, torch.zeros((1, 1), dtype=torch.long))
+    inv_freq, scaling = (rotary.inv_freq, 0.0) if now is None else now
+    found["module"] = type(rotary).__qualname__
+    return {**found, "inv_freq": inv_freq.detach().cpu().tolist(), "attention_scaling": float(scaling)}
+
+
+def _depends_on_length(rope: Mapping[str, Any]) -> bool:
+    kind = str(rope.get("rope_type"))
+    return "dynamic" in kind or kind == "longrope"
+
+
+def _same_rope(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether positions are rotated alike: powers of theta may differ in their last bits between machines."""
+    exact = ["rope_type", "module"]
+    if _depends_on_length(a):
+        exact = [name for name in {*a, *b} if name not in ("inv_freq", "attention_scaling")]
+    numbers = [[*x["inv_freq"], x["attention_scaling"]] for x in (a, b)]
+    return (
+        all(a.get(name) == b.get(name) for name in exact)
+        and len(numbers[0]) == len(numbers[1])
+        and all(math.isclose(x, y, rel_tol=1e-6) for x, y in zip(*numbers, strict=True))
+    )
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: expected {_short(a.get(name))}, this model has {_short(b.get(name))}"
+        for name in sorted({*a, *b}, key=str)
+        if a.get(name) != b.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _modules(model: Any) -> str:

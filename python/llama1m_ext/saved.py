@@ -10,19 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from .cache import LongCache
 from .dense import Kind, Stored
 from .fingerprint import Identity, identity
 from .formats import GROUP, Compact, KvFormat, Page, Side, empty
+from .options import llama_models
 from .pages import PagedLayer
-from .stored import CacheDamaged, PageSource, Span, StoredPage, as_bytes, checksum
+from .sealed import TAIL
+from .stored import CacheDamaged, PageSource, Span, StoredPage, as_bytes, checksum, page_of
 from .tensorfile import Entry, read, rows, write
 
 VERSION = 1
@@ -75,37 +78,38 @@ class _Layer:
     kind: Kind
 
 
-def save(cache: LongCache, path: str | os.PathLike[str], model: Any) -> None:
+def save(cache: Any, path: str | os.PathLike[str], model: Any) -> None:
     """Writes a cache to a file, or replaces it: a kill at any moment leaves the old one or the new one.
 
     Args:
-        cache: with at least one token, its layers of one length.
+        cache: a `LongCache`, or the cache that `generate()` made, with at least one token.
         path: the file; its folder must be there.
-        model: the `LlamaModel` that made it.
+        model: the one that made it, or something that holds it.
 
     Raises:
+        TypeError: no Llama of transformers inside the model.
         ValueError: there is nothing in the cache, or it is not one that this package keeps.
         OSError: there is no room, or the folder can't be written to. The old file is as it was.
     """
-    layers: list[Any] = list(cache.layers)
-    if not layers or not all(isinstance(layer, PagedLayer) for layer in layers):
-        raise ValueError(f"cache: expected layers of pages, got {[type(layer).__name__ for layer in layers][:1]}")
+    inner = llama_models(model)[0]
+    layers = [_paged(layer) for layer in getattr(cache, "layers", ())]
     lengths = {layer.length for layer in layers}
     if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"cache: expected tokens, as many in each layer, got {sorted(lengths)}")
+        raise ValueError(f"cache: expected at least one token, as many in each layer, got lengths {sorted(lengths)}")
     entries: list[Entry] = []
-    ids = cache.tokens
+    ids = getattr(cache, "tokens", None)
     if ids is not None:
         entries.append(("tokens", ids.dtype, tuple(ids.shape), [ids.contiguous()]))
     body: dict[str, Any] = {
         "version": VERSION,
         "length": lengths.pop(),
-        "model": identity(model).as_dict(),
-        "page_size": cache.page_size,
+        "model": identity(inner).as_dict(),
+        "page_size": getattr(cache, "page_size", "auto"),
         "layers": [],
     }
     for i, layer in enumerate(layers):
-        kind, sizes = layer.kind, []
+        kind, sizes = layer.kind, list[int]()
+        assert kind is not None  # as there are tokens
         for part in _bounded(layer.share(layer.length), kind):
             sizes.append(part.size)
             entries.extend(_entries(f"{i}.{len(sizes) - 1}", part, kind))
@@ -132,19 +136,18 @@ def load(path: str | os.PathLike[str], model: Any, *, mapped: bool = True) -> Lo
         CacheDamaged: the file is not what `save` writes.
         OSError: it can't be read.
     """
-    from .options import llama_models
-
     inner = llama_models(model)[0]
     source = PageSource.open(path, mapped=mapped)
     body, spans = _opened(source)
     theirs, mine = Identity.from_dict(body["model"]), identity(inner)
     difference = theirs.difference(mine)
     if difference:
-        raise CacheMismatch(f"{path}: the cache was made by another model: {difference}")
+        raise CacheMismatch(f"{path}: the cache was made by another model: {'; '.join(difference)}")
     layers = _layers(path, body)
     cache = LongCache(page_size=_page_size(path, body), kv=layers[0].kv)
     for i, layer in enumerate(layers):
-        pages = [_page(source, spans, f"{i}.{j}", size, layer.kind) for j, size in enumerate(layer.sizes)]
+        stored = [_page(source, spans, f"{i}.{j}", size, layer.kind) for j, size in enumerate(layer.sizes)]
+        pages: list[Page | Stored] = [*stored] if layer.kv.is_model else _with_tail(stored)
         cache.layers.append(PagedLayer.of_pages(pages, body["length"], layer.kv, cache.page_size, layer.kind))
     entry = spans.get("tokens")
     if entry is not None:
@@ -185,8 +188,11 @@ def _info(source: PageSource) -> Info:
     )
 
 
-def verify(path: str | os.PathLike[str]) -> Info:
+def verify(path: str | os.PathLike[str], step: Callable[[int], object] = int) -> Info:
     """Reads all of a saved cache and checks it.
+
+    Args:
+        step: is told how many bytes more were checked.
 
     Raises:
         CacheDamaged: something is not what was written; the message says what.
@@ -197,10 +203,21 @@ def verify(path: str | os.PathLike[str]) -> Info:
     body, spans = _opened(source)
     for i, layer in enumerate(_layers(path, body)):
         for j, size in enumerate(layer.sizes):
-            _page(source, spans, f"{i}.{j}", size, layer.kind).load()
+            page = _page(source, spans, f"{i}.{j}", size, layer.kind)
+            page.load()
+            step(page.nbytes)
     if found.has_ids:
         _ids(source, spans["tokens"], (found.batch, found.tokens))
     return found
+
+
+def _paged(layer: Any) -> PagedLayer:
+    """A layer of any cache that holds nothing but keys and values; nothing is copied."""
+    if type(layer) is DynamicLayer:
+        return PagedLayer.adopt(layer, "auto")
+    if type(layer) is not PagedLayer:
+        raise ValueError(f"cache: expected layers of keys and values, got a {type(layer).__name__}")
+    return layer
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------
@@ -226,6 +243,18 @@ def _entries(name: str, part: Page | Stored, kind: Kind) -> Iterator[Entry]:
 
 def _later(part: Stored, of: str) -> Iterator[Tensor]:
     yield from rows(part.load().tensors()[of])
+
+
+def _with_tail(pages: list[StoredPage]) -> list[Page | Stored]:
+    """In a compact format the newest tokens are dense, in memory: they become compact some day, together with what comes."""
+    have, index = 0, len(pages)
+    while index and {"k", "v"} == pages[index - 1].dtypes.keys():
+        index -= 1
+        have += pages[index].size
+        if have > 2 * TAIL:
+            return [*pages]  # dense for another reason, and too many to be read now
+    tail = (page.load().tensors() for page in pages[index:])
+    return [*pages[:index], *(page_of({name: tensor.clone() for name, tensor in found.items()}) for found in tail)]
 
 
 def _page(
