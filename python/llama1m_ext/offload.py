@@ -183,7 +183,9 @@ def attention(
     pages = layer.pages
     kv_len = layer.length if kv_len is None else kv_len
     more: dict[str, Any] = {} if out_dtype is None else {"out_dtype": out_dtype}
-    if not any(type(page) is StoredPage for page in pages):
+    if all(type(page) is not StoredPage or page.at_hand for page in pages):
+        # In memory, or seen through a map: the same bits as if nothing were stored.
+        pages = [page.load() if type(page) is StoredPage else page for page in pages]
         return ops.attention(
             q,
             [page.k for page in pages],
