@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Our attention beside torch's, in one process, alternated.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+cache = typer.Typer(help="Saved caches: what is in a file, and whether it is whole.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the figures (matplotlib).")]
@@ -171,6 +173,37 @@ def plan(
         raise typer.BadParameter(str(error)) from None
     typer.echo(str(made))
     _write_json(json_file, made.to_dict())
+
+
+CacheFile = Annotated[Path, typer.Argument(metavar="FILE", help="A file that LongCache.save wrote.")]
+
+
+@cache.command("info")
+def cache_info(
+    file: CacheFile, as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False
+) -> None:
+    """What a saved cache is: tokens, format, the model it belongs to. Reads the header only."""
+    from llama1m_ext import saved
+
+    facts = _of_file(saved.info, file)
+    typer.echo(json.dumps(facts.as_dict(), indent=2) if as_json else facts.render())
+
+
+@cache.command("verify")
+def cache_verify(file: CacheFile) -> None:
+    """Read all of a saved cache and compare its checksums. Ends with 1 if it is damaged."""
+    from llama1m_ext import saved
+
+    facts = _of_file(saved.verified_with_bar, file)
+    typer.echo(f"{file}: {facts.nbytes} bytes, {facts.pages} pages: as they were written")
+
+
+def _of_file(read: Any, file: Path) -> Any:
+    try:
+        return read(file)
+    except (OSError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()

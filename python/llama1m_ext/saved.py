@@ -68,6 +68,29 @@ class Info:
     pages: int
     model: Identity
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**self.__dict__, "model": self.model.as_dict()}
+
+    def render(self) -> str:
+        """For people: a line per fact."""
+        config = ", ".join(f"{name} {value}" for name, value in self.model.config.items() if value is not None)
+        rope = ", ".join(f"{name} {value}" for name, value in self.model.rope.items() if name != "inv_freq")
+        lines = {
+            "tokens": f"{self.tokens:,} in each of {self.batch} rows, ids {'known' if self.has_ids else 'unknown'}",
+            "format": f"{self.kv} (model: {self.dtype})",
+            "shape": f"{self.layers} layers, {self.kv_heads} kv heads, head_dim {self.head_dim}",
+            "bytes": f"{self.nbytes:,} ({self.nbytes / 2**30:.2f} GiB), {self.pages} pages",
+            "model": config,
+            "rope": rope,
+            "weights": f"{self.model.weights} ({self.model.dtype})",
+            "version": str(self.version),
+        }
+        # Words of a file, that may be anybody's.
+        return "\n".join(
+            f"{name:8} {''.join(c if c.isprintable() else '?' for c in text)}" for name, text in lines.items()
+        )
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -218,6 +241,14 @@ def _paged(layer: Any) -> PagedLayer:
     if type(layer) is not PagedLayer:
         raise ValueError(f"cache: expected layers of keys and values, got a {type(layer).__name__}")
     return layer
+
+
+def verified_with_bar(path: str | os.PathLike[str]) -> Info:
+    """`verify` with a progress bar."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=os.stat(path).st_size, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+        return verify(path, bar.update)
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------
