@@ -948,7 +948,7 @@ def one_thread():
 LIMITED = """
 import gc, json, os, resource
 import torch
-from llama1m_ext import LongCache, set_options
+from llama1m_ext import LongCache, plan_call, set_options
 from llama1m_ext.testing import random_ids, tiny_model
 
 torch.set_num_threads(1)
@@ -956,8 +956,10 @@ asked = json.loads(os.environ["ASKED"])
 model = tiny_model(**asked["shape"])
 set_options(model, kv=asked["kv"], chunk=256, progress=False, min_layer_major_len=300, offload="disk", kv_memory=1 << 20)
 model.generate(random_ids(1, 600), max_new_tokens=3, do_sample=False)  # threads, and what torch does once
-set_options(model, offload=asked["offload"], kv_memory=16 << 20)
+set_options(model, offload=asked["offload"], kv_memory=asked["kv_memory"])
 gc.collect()
+if not asked["planned"]:
+    plan_call.check = lambda *args: None
 there = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (there + asked["room"],) * 2)
 try:
@@ -970,24 +972,44 @@ else:
 """
 
 
+class Limited:
+    """A model whose cache takes several times the `room` MiB of address space that a process of its own gets beyond what it
+    has, and the right logits, from memory."""
+
+    def __init__(self, run_python, folder, kv: str, layers: int, tokens: int, room: int) -> None:
+        self.run_python, self.folder = run_python, folder
+        shape = {"num_hidden_layers": layers, "hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 4}
+        self.asked = {"shape": shape, "kv": kv, "tokens": tokens, "room": room << 20, "planned": True}
+        model, cache = tiny_model(**shape), LongCache()
+        set_options(model, kv=kv, chunk=256, progress=False, min_layer_major_len=300, offload=None)
+        self.right = torch.stack(generate(model, random_ids(1, tokens, 1), 8, past_key_values=cache).logits)
+        assert cache.nbytes > 2 * (room << 20)
+
+    def run(self, offload: str | None, kv_memory: int | str = 16 << 20, **more) -> dict:
+        asked = {**self.asked, "offload": offload, "kv_memory": kv_memory, **more}
+        lines = self.run_python(LIMITED, ASKED=json.dumps(asked), TMPDIR=str(self.folder)).splitlines()
+        return json.loads(lines[-1])
+
+    def check(self, found: dict) -> None:
+        ours, layers = torch.tensor(found["logits"]), self.asked["shape"]["num_hidden_layers"]
+        assert torch.equal(ours.argmax(-1), self.right.argmax(-1))
+        # Each layer rounds what the one before it gives.
+        assert error(ours, self.right) < layers * 2e-6 * self.right.std()
+
+
 @pytest.mark.parametrize(
     "kv, layers, tokens, room",
     [("model", 24, 2048, 28), pytest.param("int8", 40, 6144, 48, marks=pytest.mark.slow)],
 )
 def test_a_cache_larger_than_a_hard_limit(run_python, tmp_path, one_thread, kv, layers, tokens, room):
-    """A process gets `room` MiB of address space beyond what it has: too little for the cache, but it works from disk."""
-    shape = {"num_hidden_layers": layers, "hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 4}
-    model = tiny_model(**shape)
-    set_options(model, kv=kv, chunk=256, progress=False, min_layer_major_len=300, offload=None)
-    cache = LongCache()
-    right = torch.stack(generate(model, random_ids(1, tokens, 1), 8, past_key_values=cache).logits)
-    assert cache.nbytes > 3 * (room << 20)
+    limited = Limited(run_python, tmp_path, kv, layers, tokens, room)
+    limited.check(limited.run("disk"))
+    # It is the disk that makes it possible: without it, and with nobody who says so before, memory ends.
+    assert "allocate memory" in limited.run(None, planned=False)["error"]
 
-    def run(offload: str | None) -> dict:
-        asked = {"shape": shape, "kv": kv, "offload": offload, "tokens": tokens, "room": room << 20}
-        return json.loads(run_python(LIMITED, ASKED=json.dumps(asked), TMPDIR=str(tmp_path)).splitlines()[-1])
 
-    ours = torch.tensor(run("disk")["logits"])
-    assert torch.equal(ours.argmax(-1), right.argmax(-1))
-    assert error(ours, right) < layers * 2e-6 * right.std()  # each layer rounds what the one before it gives
-    assert "memory" in run(None)["error"]
+@pytest.mark.slow
+def test_auto_finds_the_disk_under_a_hard_limit(run_python, tmp_path, one_thread):
+    limited = Limited(run_python, tmp_path, "model", 24, 2048, 44)
+    limited.check(limited.run("auto", "auto"))
+    assert "DoesNotFit: 2048 tokens need" in limited.run(None, "auto")["error"]
