@@ -7,6 +7,9 @@ be checked and streamed alone.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import hashlib
 import json
 import os
@@ -159,8 +162,12 @@ def load(path: str | os.PathLike[str], model: Any, *, mapped: bool = True) -> Lo
         CacheDamaged: the file is not what `save` writes.
         OSError: it can't be read.
     """
-    inner = llama_models(model)[0]
-    source = PageSource.open(path, mapped=mapped)
+    with _uncollected():
+        return _load(PageSource.open(path, mapped=mapped), llama_models(model)[0])
+
+
+def _load(source: PageSource, inner: Any) -> LongCache:
+    path = source.name
     body, spans = _opened(source)
     theirs, mine = Identity.from_dict(body["model"]), identity(inner)
     difference = theirs.difference(mine)
@@ -168,14 +175,12 @@ def load(path: str | os.PathLike[str], model: Any, *, mapped: bool = True) -> Lo
         raise CacheMismatch(f"{path}: the cache was made by another model: {'; '.join(difference)}")
     layers = _layers(path, body)
     cache = LongCache(page_size=_page_size(path, body), kv=layers[0].kv)
-    for i, layer in enumerate(layers):
-        stored = [_page(source, spans, f"{i}.{j}", size, layer.kind) for j, size in enumerate(layer.sizes)]
+    for layer, stored in zip(layers, _stored(source, spans, layers), strict=True):
         pages: list[Page | Stored] = [*stored] if layer.kv.is_model else _with_tail(stored)
         cache.layers.append(PagedLayer.of_pages(pages, body["length"], layer.kv, cache.page_size, layer.kind))
     entry = spans.get("tokens")
     if entry is not None:
         cache.tokens = _ids(source, entry, (layers[0].kind.batch, body["length"]))
-    _check_names(path, spans, layers)
     cache._made_by(inner)
     return cache
 
@@ -187,13 +192,14 @@ def info(path: str | os.PathLike[str]) -> Info:
         CacheDamaged: the file is not what `save` writes.
         OSError: it can't be read.
     """
-    return _info(PageSource.open(path))
+    with _uncollected():
+        return _info(PageSource.open(path))
 
 
 def _info(source: PageSource) -> Info:
     body, spans = _opened(source)
     layers = _layers(source.name, body)
-    _check_names(source.name, spans, layers)
+    _stored(source, spans, layers)
     kind = layers[0].kind
     return Info(
         version=body["version"],
@@ -224,9 +230,8 @@ def verify(path: str | os.PathLike[str], step: Callable[[int], object] = int) ->
     source = PageSource.open(path)
     found = _info(source)
     body, spans = _opened(source)
-    for i, layer in enumerate(_layers(path, body)):
-        for j, size in enumerate(layer.sizes):
-            page = _page(source, spans, f"{i}.{j}", size, layer.kind)
+    for pages in _stored(source, spans, _layers(path, body)):
+        for page in pages:
             page.load()
             step(page.nbytes)
     if found.has_ids:
@@ -249,6 +254,18 @@ def verified_with_bar(path: str | os.PathLike[str]) -> Info:
 
     with tqdm(total=os.stat(path).st_size, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
         return verify(path, bar.update)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Many small objects are made that all stay: looking for garbage among them would take longer than all the rest."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------
@@ -288,28 +305,35 @@ def _with_tail(pages: list[StoredPage]) -> list[Page | Stored]:
     return [*pages[:index], *(page_of({name: tensor.clone() for name, tensor in found.items()}) for found in tail)]
 
 
-def _page(
-    source: PageSource, spans: Mapping[str, tuple[Span, int | None]], name: str, size: int, kind: Kind
-) -> StoredPage:
-    """A page of a file, of the shape that it must have."""
-    mine = {of[len(name) + 1 :]: entry for of, entry in _of_page(spans, name)}
-    page = StoredPage(source, {of: span for of, (span, _) in mine.items()}, _known(source.name, name, mine))
-    expected = _shapes(page.dtypes, size, kind)
-    for of, (span, _) in mine.items():
+_SIDES = ("k", "v", "k.codes", "k.params", "v.codes", "v.params")
+_Tensors = dict[str, tuple[Span, int | None]]
+
+
+def _stored(source: PageSource, spans: _Tensors, layers: Sequence[_Layer]) -> list[list[StoredPage]]:
+    """The pages of all layers, each of the shapes that it must have, and nothing in the file that belongs nowhere."""
+    tensors: dict[str, _Tensors] = {f"{i}.{j}": {} for i, layer in enumerate(layers) for j in range(len(layer.sizes))}
+    for name, entry in spans.items():
+        layer, _, rest = name.partition(".")
+        page, _, side = rest.partition(".")
+        if name != "tokens":
+            if side not in _SIDES or f"{layer}.{page}" not in tensors:
+                raise CacheDamaged(f"{source.name}: tensor {name!r:.80} belongs to no page")
+            tensors[f"{layer}.{page}"][side] = entry
+    return [
+        [_page(source, f"{i}.{j}", tensors[f"{i}.{j}"], size, layer.kind) for j, size in enumerate(layer.sizes)]
+        for i, layer in enumerate(layers)
+    ]
+
+
+def _page(source: PageSource, name: str, tensors: _Tensors, size: int, kind: Kind) -> StoredPage:
+    page = StoredPage(source, {of: span for of, (span, _) in tensors.items()}, _known(source.name, name, tensors))
+    expected = _expected(tuple(page.dtypes.items()), size, kind)
+    for of, (span, _) in tensors.items():
         if (span.shape, span.dtype) != expected.get(of):
             raise CacheDamaged(
                 f"{source.name}: tensor {name}.{of}: expected {expected.get(of)}, got {(span.shape, span.dtype)}"
             )
     return page
-
-
-_SIDES = ("k", "v", "k.codes", "k.params", "v.codes", "v.params")
-
-
-def _of_page(spans: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
-    for side in _SIDES:
-        if f"{name}.{side}" in spans:
-            yield f"{name}.{side}", spans[f"{name}.{side}"]
 
 
 def _known(file: str, name: str, spans: Mapping[str, tuple[Span, int | None]]) -> dict[str, int]:
@@ -335,6 +359,13 @@ def _shapes(dtypes: Mapping[str, torch.dtype], size: int, kind: Kind) -> dict[st
         else:
             found[which] = (tuple(side.shape), side.dtype)
     return found
+
+
+@functools.lru_cache(maxsize=64)
+def _expected(
+    dtypes: tuple[tuple[str, torch.dtype], ...], size: int, kind: Kind
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return _shapes(dict(dtypes), size, kind)
 
 
 _CODES = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
@@ -396,18 +427,6 @@ def _page_size(path: str | os.PathLike[str], body: Mapping[str, Any]) -> Any:
     if size != "auto" and not (type(size) is int and size > 0):
         raise CacheDamaged(f'{path}: page_size: expected "auto" or a number from 1 on, got {size!r}')
     return size
-
-
-def _check_names(path: str | os.PathLike[str], spans: Mapping[str, Any], layers: Sequence[_Layer]) -> None:
-    """Nothing is in the file that belongs nowhere."""
-    pages = {f"{i}.{j}" for i, layer in enumerate(layers) for j in range(len(layer.sizes))}
-    for name in spans:
-        page = ".".join(name.split(".", 2)[:2])
-        if name != "tokens" and (page not in pages or name[len(page) + 1 :] not in _SIDES):
-            raise CacheDamaged(f"{path}: tensor {name!r:.80} belongs to no page")
-    for page in pages:
-        if not any(True for _ in _of_page(spans, page)):
-            raise CacheDamaged(f"{path}: page {page} is not there")
 
 
 def _ids(source: PageSource, entry: tuple[Span, int | None], shape: tuple[int, int]) -> Tensor:
