@@ -1,0 +1,107 @@
+"""The predicted peak is within 5% of what real processes take, over lengths, formats and chunk sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llama1m_ext.plan_bytes import Storage, Work, peak
+from llama1m_ext.plan_shape import of_config
+from llama1m_ext.testing import tiny_config
+
+FIELDS = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
+RUN = """
+import json, sys
+asked = json.loads(sys.argv[1])
+import torch
+from llama1m_ext import LongCache, set_options
+from llama1m_ext.testing import random_ids, tiny_config
+from transformers import LlamaForCausalLM
+torch.set_num_threads(asked["threads"])
+dtype = getattr(torch, asked["dtype"])
+
+def memory(name):
+    for line in open("/proc/self/status"):
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+
+def make(**fields):
+    torch.set_default_dtype(dtype)  # no float32 weights on the way
+    model = LlamaForCausalLM(tiny_config(**fields)).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+def run(model, tokens, chunk):
+    set_options(model, chunk=chunk, kv=asked["kv"], progress=False, offload=None)
+    cache = LongCache()
+    with torch.inference_mode():
+        model(random_ids(asked["batch"], tokens), past_key_values=cache, logits_to_keep=1)
+    return cache
+
+# What libraries load and keep when they are first used is no part of a prompt.
+run(make(hidden_size=256, intermediate_size=704), 1024, 256)
+before = memory("VmRSS")
+model = make(**asked["fields"], num_hidden_layers=asked["layers"])
+try:
+    open("/proc/self/clear_refs", "w").write("5")
+except OSError:
+    pass  # not permitted: nothing before took nearly as much
+cache = run(model, asked["tokens"], asked["chunk"])
+assert cache.format.name == asked["kv"]
+print(json.dumps({"peak": memory("VmHWM") - before}))
+"""
+LAYERS = {"float32": 5, "bfloat16": 6}
+
+
+def start(dtype: str, kv: str, tokens: int, chunk: int, batch: int = 1, threads: int = 1):
+    asked = {"dtype": dtype, "kv": kv, "tokens": tokens, "chunk": chunk, "batch": batch, "threads": threads}
+    asked |= {"fields": FIELDS, "layers": LAYERS[dtype]}
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, json.dumps(asked)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    shape = of_config(tiny_config(**FIELDS, num_hidden_layers=LAYERS[dtype]), dtype)
+    work = Work(tokens, chunk=chunk, batch=batch, threads=threads)
+    return process, peak(shape, work, Storage(kv)).bytes
+
+
+def compare(process, predicted: int, what: str) -> None:
+    out, errors = process.communicate(timeout=1200)
+    assert process.returncode == 0, errors
+    measured = json.loads(out.splitlines()[-1])["peak"]
+    off = predicted / measured - 1
+    print(f"| {what} | {predicted / 1e6:.0f} MB | {measured / 1e6:.0f} MB | {off:+.1%} |")
+    assert abs(off) <= 0.05, f"{what}: predicted {predicted / 1e6:.1f} MB, measured {measured / 1e6:.1f} MB, {off:+.1%}"
+
+
+@pytest.fixture(autouse=True)
+def only_linux():
+    assert os.path.exists("/proc/self/status"), "measured through /proc"
+
+
+def test_predicted_peaks():
+    """Three at a time, a thread each."""
+    cases = [("bfloat16", "model", 6144, 2048), ("float32", "int4", 4096, 512), ("bfloat16", "int8", 8192, 1024)]
+    for (process, predicted), case in [(start(*case), case) for case in cases]:
+        compare(process, predicted, " | ".join(map(str, case)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1300)
+@pytest.mark.parametrize("chunk", [512, 2048])
+@pytest.mark.parametrize("kv", ["model", "int8", "int8/int4", "int4"])
+@pytest.mark.parametrize(
+    ("dtype", "tokens"),
+    [("bfloat16", 4096), ("bfloat16", 16384), ("bfloat16", 32768), ("float32", 4096), ("float32", 16384)],
+)
+def test_predicted_peaks_over_lengths_formats_and_chunks(dtype, tokens, kv, chunk):
+    compare(*start(dtype, kv, tokens, chunk, threads=2), f"{dtype} | {kv} | {tokens} | {chunk}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["model", "int8"])
+def test_predicted_peaks_of_several_rows(kv):
+    compare(*start("bfloat16", kv, 4096, 1024, batch=3, threads=2), f"bfloat16 | {kv} | 3 x 4096 | 1024")
