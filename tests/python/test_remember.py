@@ -215,15 +215,21 @@ def test_the_longest_of_several_is_taken(model, tmp_path):
 # -- what is never mixed up ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["weights", "a bias of one bit", "theta", "dtype", "kv", "layers"])
+@pytest.mark.parametrize("what", ["weights", "one bit in place", "a row", "theta", "dtype", "kv", "layers"])
 def test_another_model_never_takes_it(model, tmp_path, what):
+    many = {"vocab_size": 20_000} if what == "a row" else {}
+    model = tiny(**many) if many else model
     llama1m_ext.remember(model, tmp_path)
     (ids,) = prompts(600, 1)
     read(model, ids)
     assert read(model, ids)[1].reused
     if what == "weights":
         other = tiny(seed=1)
-    elif what == "a bias of one bit":
+    elif what == "a row":
+        other = tiny(**many)  # a row of a large matrix, that a sample of it would miss
+        with torch.no_grad():
+            other.model.embed_tokens.weight[12_345] += 1
+    elif what == "one bit in place":
         other = model  # the same object, changed in place
         with torch.no_grad():
             weight = other.model.layers[1].mlp.down_proj.weight
