@@ -130,7 +130,6 @@ def save(cache: Any, path: str | os.PathLike[str], model: Any) -> None:
         "version": VERSION,
         "length": lengths.pop(),
         "model": identity(inner).as_dict(),
-        "page_size": getattr(cache, "page_size", "auto"),
         "layers": [],
     }
     for i, layer in enumerate(layers):
@@ -174,7 +173,8 @@ def _load(source: PageSource, inner: Any) -> LongCache:
     if difference:
         raise CacheMismatch(f"{path}: the cache was made by another model: {'; '.join(difference)}")
     layers = _layers(path, body)
-    cache = LongCache(page_size=_page_size(path, body), kv=layers[0].kv)
+    _check_fit(path, layers, inner.config)
+    cache = LongCache(kv=layers[0].kv)
     for layer, stored in zip(layers, _stored(source, spans, layers), strict=True):
         pages: list[Page | Stored] = [*stored] if layer.kv.is_model else _with_tail(stored)
         cache.layers.append(PagedLayer.of_pages(pages, body["length"], layer.kv, cache.page_size, layer.kind))
@@ -422,11 +422,14 @@ def _layer(entry: Mapping[str, Any], length: int) -> _Layer:
     )
 
 
-def _page_size(path: str | os.PathLike[str], body: Mapping[str, Any]) -> Any:
-    size = body.get("page_size")
-    if size != "auto" and not (type(size) is int and size > 0):
-        raise CacheDamaged(f'{path}: page_size: expected "auto" or a number from 1 on, got {size!r}')
-    return size
+def _check_fit(path: str, layers: Sequence[_Layer], config: Any) -> None:
+    """The layers are those of a model with this config, whatever else the file says of itself."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    expected = (config.num_hidden_layers, config.num_key_value_heads, head_dim, head_dim)
+    for layer in layers:
+        found = (len(layers), *layer.kind[1:4])
+        if found != expected:
+            raise CacheDamaged(f"{path}: expected layers, kv_heads, k_dim and v_dim {expected}, got {found}")
 
 
 def _ids(source: PageSource, entry: tuple[Span, int | None], shape: tuple[int, int]) -> Tensor:
