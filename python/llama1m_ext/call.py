@@ -22,7 +22,8 @@ from .rope import Rope
 MARK = "_llama1m"
 """Our functions carry it, so that a module whose forward is another one is seen."""
 KEEP = "_llama1m_keep"
-"""Keyword from `LlamaForCausalLM.forward` to `LlamaModel.forward`: only the last so many positions will be looked at."""
+"""Keyword from `LlamaForCausalLM.forward` to `LlamaModel.forward`: only the last so many positions will be looked at and
+get logits; 0: all."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NEVER = object()
 _KNOWN = {
@@ -55,6 +56,7 @@ class Call:
         intervals: visible keys of each batch row.
         position_ids: int64 `[batch, q_len]` or `[1, q_len]`.
         rope: the rotation; set when the embeddings are known.
+        logits: whether the positions wanted will get logits.
         scratch: memory for the new keys and values of one layer, as long as it is computed.
         served: attention calls that our kernel computed.
     """
@@ -64,6 +66,7 @@ class Call:
         "cache",
         "intervals",
         "layers",
+        "logits",
         "model",
         "options",
         "pages",
@@ -84,6 +87,7 @@ class Call:
         self.pages: list[PagedLayer] | None = None
         self.snapshots: list[dict[str, Any]] = []
         self.scratch = Scratch()
+        self.logits = False
         self.intervals: Intervals = ALL
         self.options = read_options(model)
         self.position_ids: Tensor = None  # type: ignore[assignment]  # open_call sets it
@@ -135,7 +139,9 @@ def decide_format(call: Call) -> None:
     layers = call.pages or []
     undecided = [layer for layer in layers if not layer.decided]
     storage = None
-    if undecided or (layers and layers[0].store is None and (not call.past_len or call.options.offload == "disk")):
+    if undecided or (
+        layers and layers[0].store is None and (not call.past_len or call.q_len > 1 or call.options.offload == "disk")
+    ):
         storage = plan_call.storage_of(call)
         found = next((layer.format for layer in layers if layer.decided), None) or KvFormat.parse(storage.kv)
         for layer in undecided:

@@ -49,14 +49,15 @@ def model_forward(original: Forward, owner: type) -> Forward:
         if torch.compiler.is_compiling():
             kwargs.pop(KEEP, None)
             return original(self, *args, **kwargs)
-        keep = kwargs.pop(KEEP, 0)
+        keep = kwargs.pop(KEEP, None)
         if not patch.is_enabled():
             return original(self, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         call = open_call(self, given)
         if isinstance(call, Call):
             try:
-                return serve(call, given, keep)
+                call.logits = keep is not None
+                return serve(call, given, keep or 0)
             except NotServed as why:
                 call.rewind()
                 call = str(why)
@@ -143,8 +144,8 @@ def causal_lm_forward(original: Forward, owner: type) -> Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
-        keep = kwargs.get("logits_to_keep")
-        if type(keep) is int and keep > 0 and len(args) <= 1 and kwargs.get("labels") is None and patch.is_enabled():
+        keep = kwargs.get("logits_to_keep", 0)
+        if type(keep) is int and keep >= 0 and len(args) <= 1 and kwargs.get("labels") is None and patch.is_enabled():
             inner = self.model
             watched = inner._forward_hooks or torch.nn.modules.module._global_forward_hooks
             if not watched and is_ours(inner):

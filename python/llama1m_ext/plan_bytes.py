@@ -38,9 +38,11 @@ class Work:
         past: tokens in the cache already.
         new: tokens to be generated afterwards.
         batch: rows.
-        keep: so many last positions get logits; 0: all.
+        keep: so many last positions are wanted of the last layer; 0: all.
         chunk: queries at a time.
         threads: of the kernels.
+        logits: whether the wanted positions get logits.
+        held: bytes of the cache's pages in memory before; it matters where they are to go to the disk.
     """
 
     tokens: int
@@ -50,6 +52,8 @@ class Work:
     keep: int = 1
     chunk: int = 2048
     threads: int = 1
+    logits: bool = True
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ def parts(shape: Shape, work: Work, storage: Storage) -> Parts:
         activations=activation_bytes(shape, chunk, work.batch, streamed=bool(file)),
         keys_only=keys_bytes(shape, chunk, work.batch),
         workspace=work.threads * (SCRATCH + MATMUL),
-        logits=work.batch * keep * shape.vocab * shape.size,
+        logits=work.batch * keep * shape.vocab * shape.size if work.logits else 0,
         ids=2 * 8 * row,
     )
 
@@ -212,6 +216,8 @@ def peaks(shape: Shape, work: Work, storage: Storage) -> list[Peak]:
         alive = {k: v for k, v in sorted({**common, **parts}.items(), key=lambda x: -x[1]) if v}
         found.append(Peak(name, sum(alive.values()), alive))
 
+    if work.held > p.kv:  # the other layers' pages go to the disk when the layer's turn comes
+        phase("layer 1, its last chunk", kv=work.held, hidden=p.hidden, scratch=p.scratch, activations=p.activations)
     whole = layers if work.keep <= 0 or work.keep >= work.tokens else layers - 1
     if whole:
         phase(

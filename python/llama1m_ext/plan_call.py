@@ -24,7 +24,7 @@ def storage_of(call: Call) -> Storage:
     """How the pages of a call's cache are to be kept: what it is kept in already, what the options say, or what "auto"
     makes of them. Microseconds for small calls, and for those with nothing to choose."""
     kept, options = _kept(call), call.options
-    if kept is not None:
+    if kept is not None and (kept.offload == "disk" or options.offload != "auto" or call.q_len == 1):
         return kept
     decided = next((layer.format.name for layer in call.pages or () if layer.decided), None)
     kv = decided or getattr(call.cache, "kv", None) or options.kv
@@ -55,11 +55,15 @@ def check(call: Call, keep: int, chunk: int) -> None:
         return
     shape, work, used = _reckoned(call, keep, chunk)
     storage = storage_of(call)
-    plan_choice.check(shape, work, storage, available, used, call.options.offload, address_space())
+    kv_from: plan_choice.KvFrom = "cache" if getattr(call.cache, "kv", None) not in (None, "auto") else "options"
+    if any(layer.decided for layer in call.pages or ()):
+        kv_from = None
+    plan_choice.check(shape, work, storage, available, used, call.options.offload, address_space(), kv_from)
     budget = call.options.kv_memory
     if call.pages is not None and storage.offload != "disk" and budget != "auto":
         total, most = call.past_len + call.q_len, parse_bytes("kv_memory", budget)
-        plan_choice.check_pages(shape, work, storage, most, plan_bytes.kv_bytes(shape, storage.kv, total, call.batch))
+        pages = plan_bytes.kv_bytes(shape, storage.kv, total, call.batch)
+        plan_choice.check_pages(shape, work, storage, most, pages, kv_from)
 
 
 def _is_small(call: Call) -> bool:
@@ -96,13 +100,22 @@ def _reckoned(call: Call, keep: int, chunk: int) -> tuple[Shape, Work, int]:
     shape = of_config(call.model.config, dtype_name(dtype) if dtype in SIZES else "float32")
     if call.pages is None:
         shape = dataclasses.replace(shape, layers=1)  # one layer's pages, again and again
-    work = Work(call.q_len, call.past_len, batch=call.batch, keep=keep, chunk=chunk, threads=torch.get_num_threads())
+    work = Work(
+        call.q_len,
+        call.past_len,
+        batch=call.batch,
+        keep=keep,
+        chunk=chunk,
+        threads=torch.get_num_threads(),
+        logits=call.logits,
+    )
     # The kernels keep theirs from call to call.
     used = shape.weight_bytes + work.threads * (plan_bytes.SCRATCH + plan_bytes.MATMUL)
     if call.past_len:
         kv = _kept(call)
-        used += min(
+        held = min(
             plan_bytes.kv_bytes(shape, "model" if kv is None else kv.kv, call.past_len, call.batch),
             sum(layer.nbytes for layer in call.pages or ()),
         )
+        work, used = dataclasses.replace(work, held=held), used + held
     return shape, work, used

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .plan_bytes import LADDER, Offload, Peak, Storage, Work, kv_bytes, peak
 from .plan_shape import Shape
@@ -21,6 +21,8 @@ MARGIN = 1.05
 DISK_SHARE = 2
 """With pages on the disk and no `kv_memory` given, pages may take one part in so many of what is left."""
 _MIB = 1 << 20
+KvFrom = Literal["options", "cache"] | None
+"""What says the format of a cache: the options, or the cache itself; None: it has tokens already, and keeps its own."""
 
 
 class DoesNotFit(MemoryError):
@@ -108,7 +110,9 @@ def choose(
                 "; the disk has room for the model's own format" if kv == "auto" else ""
             )
         else:
-            what = "no format fits into memory" if kv == "auto" else f'kv="{kv}" does not fit into memory'
+            what = (
+                "no format fits into memory with 5% to spare" if kv == "auto" else f'kv="{kv}" does not fit into memory'
+            )
             why = f"{what}: pages go to the disk, {gib(found.storage.kv_memory or 0)} of them stay in memory"
         return dataclasses.replace(found, why=why)
     why = f"nothing fits: the smallest needs {gib(smallest.peak.bytes - used)}, {gib(available or 0)} are available"
@@ -146,12 +150,14 @@ def check(
     used: int = 0,
     offload: str | None = "auto",
     room: int | None = None,
+    kv_from: KvFrom = "options",
 ) -> None:
     """Before any work.
 
     Args:
         offload: what the user allows.
         room: bytes of address space that there are (`ulimit -v`); pages' unused room counts there too.
+        kv_from: where another format can be asked for.
 
     Raises:
         DoesNotFit: with the three cheapest ways out.
@@ -164,7 +170,9 @@ def check(
         needed, limit = needed + parts(shape, work, storage).room, min(room, available)
     if needed <= limit:
         return
-    ways = tuple(way for way, _ in zip(_ways(shape, work, storage, limit, used, offload), range(3), strict=False))
+    ways = tuple(
+        way for way, _ in zip(_ways(shape, work, storage, limit, used, offload, kv_from), range(3), strict=False)
+    )
     worst = peak(shape, work, storage)
     listed = ", ".join(f"{name} {gib(n)}" for name, n in list(worst.parts.items())[:4])
     text = "\n".join(f"  - {way}" for way in ways) or "  - none: not even the weights' own work fits"
@@ -178,7 +186,7 @@ def check(
     )
 
 
-def check_pages(shape: Shape, work: Work, storage: Storage, most: int, pages: int) -> None:
+def check_pages(shape: Shape, work: Work, storage: Storage, most: int, pages: int, kv_from: KvFrom = "options") -> None:
     """Whether pages fit into the `kv_memory` that the user gave.
 
     Raises:
@@ -187,10 +195,12 @@ def check_pages(shape: Shape, work: Work, storage: Storage, most: int, pages: in
     if pages <= most:
         return
     ways = []
-    for name in LADDER:
+    for name in LADDER if kv_from else ():
         smaller = kv_bytes(shape, name, work.past + work.tokens, work.batch)
         if smaller <= most:
-            ways.append(f'set_options(model, kv="{name}"): its pages take {gib(smaller)}')
+            asked = "LongCache" if kv_from == "cache" else "set_options"
+            model = "" if kv_from == "cache" else "model, "
+            ways.append(f'{asked}({model}kv="{name}"): its pages take {gib(smaller)}')
             break
     ways.append(f'set_options(model, kv_memory="{-(-pages // _MIB)}MiB")')
     ways.append(f'set_options(model, offload="disk"): {gib(pages - most)} of the pages go to the disk')
@@ -204,7 +214,9 @@ def check_pages(shape: Shape, work: Work, storage: Storage, most: int, pages: in
     )
 
 
-def _ways(shape: Shape, work: Work, storage: Storage, limit: int, used: int, offload: str | None) -> Iterator[str]:
+def _ways(
+    shape: Shape, work: Work, storage: Storage, limit: int, used: int, offload: str | None, kv_from: KvFrom
+) -> Iterator[str]:
     """What would fit, the cheapest first: a smaller chunk costs nothing, a smaller format precision, a disk time."""
 
     def need(work: Work, storage: Storage) -> int:
@@ -215,6 +227,9 @@ def _ways(shape: Shape, work: Work, storage: Storage, limit: int, used: int, off
     def saved(other: int) -> str:
         return f"saves {gib(now - other)}: {gib(other)} are needed"
 
+    last = dataclasses.replace(work, keep=1)
+    if work.logits and work.keep != 1 and need(last, storage) <= limit:
+        yield f"model(..., logits_to_keep=1), logits of the last position only, {saved(need(last, storage))}"
     chunk = min(work.chunk, work.tokens)
     while chunk > 128:
         chunk //= 2
@@ -224,11 +239,14 @@ def _ways(shape: Shape, work: Work, storage: Storage, limit: int, used: int, off
             break
     own = LADDER.index(storage.kv) if storage.kv in LADDER else 1
     small = dataclasses.replace(work, chunk=min(work.chunk, 128))
-    for name in LADDER[own + 1 :]:
+    for name in LADDER[own + 1 :] if kv_from else ():
         for tried, extra in ((work, ""), (small, ", chunk=128")):
             other = need(tried, Storage(name, storage.offload, storage.kv_memory))
             if other < now and other <= limit:
-                yield f'set_options(model, kv="{name}"{extra}) {saved(other)}'
+                asked = f'set_options(model, kv="{name}"{extra})'
+                if kv_from == "cache":
+                    asked = f'LongCache(kv="{name}")' + (" and set_options(model, chunk=128)" if extra else "")
+                yield f"{asked} {saved(other)}"
                 break
     if storage.offload != "disk":
         for tried, extra in ((work, ""), (small, ", chunk=128")):
@@ -244,11 +262,14 @@ def _ways(shape: Shape, work: Work, storage: Storage, limit: int, used: int, off
     fewer = most_tokens(shape, work, storage, limit, used)
     if 0 < fewer < work.tokens:
         yield f"fewer tokens: {fewer} fit as it is"
-    best = Storage("int4", "disk" if offload in ("auto", "disk") else storage.offload, _MIB)
+    best = Storage(
+        "int4" if kv_from == "options" else storage.kv, "disk" if offload in ("auto", "disk") else storage.offload, _MIB
+    )
     fewest = most_tokens(shape, small, best, limit, used)
     if max(0, fewer) < fewest < work.tokens:
         where = ', offload="disk"' if best.offload == "disk" else ""
-        yield f'fewer tokens: {fewest} fit with set_options(model, kv="int4", chunk=128{where})'
+        kv = 'kv="int4", ' if kv_from == "options" else ""
+        yield f"fewer tokens: {fewest} fit with set_options(model, {kv}chunk=128{where})"
 
 
 def most_tokens(shape: Shape, work: Work, storage: Storage, limit: int, used: int = 0) -> int:
