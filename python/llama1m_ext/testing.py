@@ -202,7 +202,9 @@ def _turn(rows: Tensor, groups: int) -> Tensor:
     batch, heads, tokens, row = rows.shape
     whole = torch.zeros(batch, heads, groups * GROUP, row, dtype=rows.dtype)
     whole[:, :, :tokens] = rows
-    return whole.view(batch, heads, groups, GROUP, row // 4, 4).transpose(3, 4).reshape(batch, heads, groups, GROUP * row)
+    return (
+        whole.view(batch, heads, groups, GROUP, row // 4, 4).transpose(3, 4).reshape(batch, heads, groups, GROUP * row)
+    )
 
 
 def dense_reference(side: Side, which: str, head_dim: int) -> Tensor:
