@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .plan_bytes import LADDER, Offload, Peak, Storage, Work, kv_bytes, peak
+from .plan_bytes import LADDER, Offload, Peak, Storage, Work, kv_bytes, parts, peak
 from .plan_shape import Shape
 
 MARGIN = 1.05
@@ -142,6 +142,11 @@ def _why(kv: str, name: str, tried: list[Choice], found: Choice, available: int 
     return f"{name} is the first format that fits with 5% to spare: it needs {need} of {gib(available)}; {more}"
 
 
+def need(shape: Shape, work: Work, storage: Storage, used: int = 0, mapped: bool = False) -> int:
+    """Bytes that are taken at the peak beyond those in use; with `mapped`, the unused room of pages too."""
+    return peak(shape, work, storage).bytes - used + (parts(shape, work, storage).room if mapped else 0)
+
+
 def check(
     shape: Shape,
     work: Work,
@@ -162,16 +167,14 @@ def check(
     Raises:
         DoesNotFit: with the three cheapest ways out.
     """
-    from .plan_bytes import parts
-
-    needed = peak(shape, work, storage).bytes - used
-    limit = available
-    if room is not None and needed + parts(shape, work, storage).room > room:
-        needed, limit = needed + parts(shape, work, storage).room, min(room, available)
+    mapped = room is not None and need(shape, work, storage, used, mapped=True) > room
+    limit = min(room, available) if mapped and room is not None else available
+    needed = need(shape, work, storage, used, mapped)
     if needed <= limit:
         return
     ways = tuple(
-        way for way, _ in zip(_ways(shape, work, storage, limit, used, offload, kv_from), range(3), strict=False)
+        way
+        for way, _ in zip(_ways(shape, work, storage, limit, used, offload, kv_from, mapped), range(3), strict=False)
     )
     worst = peak(shape, work, storage)
     listed = ", ".join(f"{name} {gib(n)}" for name, n in list(worst.parts.items())[:4])
@@ -215,33 +218,40 @@ def check_pages(shape: Shape, work: Work, storage: Storage, most: int, pages: in
 
 
 def _ways(
-    shape: Shape, work: Work, storage: Storage, limit: int, used: int, offload: str | None, kv_from: KvFrom
+    shape: Shape,
+    work: Work,
+    storage: Storage,
+    limit: int,
+    used: int,
+    offload: str | None,
+    kv_from: KvFrom,
+    mapped: bool,
 ) -> Iterator[str]:
     """What would fit, the cheapest first: a smaller chunk costs nothing, a smaller format precision, a disk time."""
 
-    def need(work: Work, storage: Storage) -> int:
-        return peak(shape, work, storage).bytes - used
+    def takes(work: Work, storage: Storage) -> int:
+        return need(shape, work, storage, used, mapped)
 
-    now = need(work, storage)
+    now = takes(work, storage)
 
     def saved(other: int) -> str:
         return f"saves {gib(now - other)}: {gib(other)} are needed"
 
     last = dataclasses.replace(work, keep=1)
-    if work.logits and work.keep != 1 and need(last, storage) <= limit:
-        yield f"model(..., logits_to_keep=1), logits of the last position only, {saved(need(last, storage))}"
+    if work.logits and work.keep != 1 and takes(last, storage) <= limit:
+        yield f"model(..., logits_to_keep=1), logits of the last position only, {saved(takes(last, storage))}"
     chunk = min(work.chunk, work.tokens)
     while chunk > 128:
         chunk //= 2
         smaller = dataclasses.replace(work, chunk=chunk)
-        if need(smaller, storage) <= limit:
-            yield f"set_options(model, chunk={chunk}) {saved(need(smaller, storage))}"
+        if takes(smaller, storage) <= limit:
+            yield f"set_options(model, chunk={chunk}) {saved(takes(smaller, storage))}"
             break
     own = LADDER.index(storage.kv) if storage.kv in LADDER else 1
     small = dataclasses.replace(work, chunk=min(work.chunk, 128))
     for name in LADDER[own + 1 :] if kv_from else ():
         for tried, extra in ((work, ""), (small, ", chunk=128")):
-            other = need(tried, Storage(name, storage.offload, storage.kv_memory))
+            other = takes(tried, Storage(name, storage.offload, storage.kv_memory))
             if other < now and other <= limit:
                 asked = f'set_options(model, kv="{name}"{extra})'
                 if kv_from == "cache":
@@ -251,32 +261,32 @@ def _ways(
     if storage.offload != "disk":
         for tried, extra in ((work, ""), (small, ", chunk=128")):
             empty = Storage(storage.kv, "disk", 0)
-            if need(tried, empty) < limit:
-                pages = max(1, (limit - need(tried, empty)) // 2)
+            if takes(tried, empty) < limit:
+                pages = max(1, (limit - takes(tried, empty)) // 2)
                 held = Storage(storage.kv, "disk", pages)
                 yield (
                     f'set_options(model, offload="disk", kv_memory="{max(1, pages // _MIB)}MiB"{extra}) '
-                    f"{saved(need(tried, held))}, and decoding reads the rest from the disk"
+                    f"{saved(takes(tried, held))}, and decoding reads the rest from the disk"
                 )
                 break
-    fewer = most_tokens(shape, work, storage, limit, used)
+    fewer = most_tokens(shape, work, storage, limit, used, mapped)
     if 0 < fewer < work.tokens:
         yield f"fewer tokens: {fewer} fit as it is"
     best = Storage(
         "int4" if kv_from == "options" else storage.kv, "disk" if offload in ("auto", "disk") else storage.offload, _MIB
     )
-    fewest = most_tokens(shape, small, best, limit, used)
+    fewest = most_tokens(shape, small, best, limit, used, mapped)
     if max(0, fewer) < fewest < work.tokens:
         where = ', offload="disk"' if best.offload == "disk" else ""
         kv = 'kv="int4", ' if kv_from == "options" else ""
         yield f"fewer tokens: {fewest} fit with set_options(model, {kv}chunk=128{where})"
 
 
-def most_tokens(shape: Shape, work: Work, storage: Storage, limit: int, used: int = 0) -> int:
+def most_tokens(shape: Shape, work: Work, storage: Storage, limit: int, used: int = 0, mapped: bool = False) -> int:
     """How long a prompt may be, to 64 tokens; 0: none fits."""
 
     def fits(n: int) -> bool:
-        return peak(shape, dataclasses.replace(work, tokens=max(1, n)), storage).bytes - used <= limit
+        return need(shape, dataclasses.replace(work, tokens=max(1, n)), storage, used, mapped) <= limit
 
     low, high = 0, max(1, work.tokens)
     if fits(high):
