@@ -19,7 +19,7 @@ from .remember import forget, remember
 from .stats import Stats, stats
 
 if TYPE_CHECKING:
-    from . import cache, ops
+    from . import cache, ops, saved
     from .cache import LongCache
 
     __version__: str
@@ -40,6 +40,7 @@ __all__ = [
     "patch_model",
     "plan",
     "remember",
+    "saved",
     "set_options",
     "stats",
 ]
@@ -47,7 +48,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What imports torch, transformers or the core waits until it is asked for (PEP 562).
-    if name in ("ops", "cache", "testing"):
+    if name in ("ops", "cache", "saved", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     if name == "LongCache":
         return importlib.import_module(f"{__name__}.cache").LongCache

@@ -333,6 +333,74 @@ def test_a_model_that_is_no_llama(tmp_path):
         LongCache.load(tmp_path / "f", torch.nn.Linear(2, 2))
 
 
+def test_a_large_weight_is_sampled(tmp_path):
+    model = testing.tiny_model(intermediate_size=20_000)  # 5 MB each
+    cache = filled(model, length=10)
+    cache.save(tmp_path / "f")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    kept = weight.detach().clone()
+    for change in ("first", "last", "all, a bit"):
+        with torch.no_grad():
+            if change == "all, a bit":
+                weight.data.mul_(1.001)  # past the counter of versions
+            else:
+                weight.view(-1)[0 if change == "first" else -1] += 1
+        with pytest.raises(saved.CacheMismatch, match="the weights"):
+            LongCache.load(tmp_path / "f", model)
+        with torch.no_grad():
+            weight.copy_(kept)
+        LongCache.load(tmp_path / "f", model)
+
+
+# -- kills ---------------------------------------------------------------------------------------------------------------
+
+KILLS = r"""
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from llama1m_ext import LongCache, saved, testing
+path, draw, left = sys.argv[1], random.Random(0), 0
+model = testing.tiny_model()
+versions = []
+for length in (1000, 5000):
+    cache = LongCache(kv="int8")
+    with torch.no_grad():
+        model(testing.random_ids(1, length, seed=length), past_key_values=cache, logits_to_keep=1)
+    versions.append(cache)
+versions[0].save(path)
+seen = set()
+for i in range(30):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            while True:
+                for cache in versions:
+                    cache.save(path)
+        finally:
+            os._exit(9)
+    time.sleep(draw.uniform(0, 0.1))
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it ended by itself"
+    left += len(os.listdir(os.path.dirname(path))) - 1
+    found = saved.verify(path)
+    cache = LongCache.load(path, model)
+    (same,) = [each for each in versions if each.get_seq_length() == found.tokens]
+    assert torch.equal(cache.tokens, same.tokens)
+    for a, b in zip(cache.layers, same.layers):
+        assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+    seen.add(found.tokens)
+versions[1].save(path)
+assert len(os.listdir(os.path.dirname(path))) == 1
+print("left", left, "seen", sorted(seen))
+"""
+
+
+def test_kills_leave_the_old_cache_or_the_new_one(run_python, tmp_path):
+    out = run_python(f"import sys; sys.argv[1:] = [{str(tmp_path / 'f')!r}]\n{KILLS}")
+    left = int(out.split()[1])
+    assert left, "none was killed while it wrote"
+
+
 # -- speed ---------------------------------------------------------------------------------------------------------------
 
 
