@@ -262,10 +262,14 @@ def _ways(
         for tried, extra in ((work, ""), (small, ", chunk=128")):
             empty = Storage(storage.kv, "disk", 0)
             if takes(tried, empty) < limit:
-                pages = max(1, (limit - takes(tried, empty)) // 2)
-                held = Storage(storage.kv, "disk", pages)
+                pages = (limit - takes(tried, empty)) // 2
+                size, unit = (_MIB, "MiB") if pages >= _MIB else (1024, "KiB")
+                pages = max(1, pages // size)
+                held = Storage(storage.kv, "disk", pages * size)
+                if takes(tried, held) > limit:
+                    continue
                 yield (
-                    f'set_options(model, offload="disk", kv_memory="{max(1, pages // _MIB)}MiB"{extra}) '
+                    f'set_options(model, offload="disk", kv_memory="{pages}{unit}"{extra}) '
                     f"{saved(takes(tried, held))}, and decoding reads the rest from the disk"
                 )
                 break
