@@ -6,6 +6,7 @@ small enough for malloc's own heap, leave holes there that take as much as what 
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import activations
 
 # No other class: whoever puts another one there means it.
 _SILU = (nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU))
+_LARGE = 1 << 20
 NORM_ROWS = 256
 """Tokens that a norm sees at a time, about: it makes four copies in float32."""
 
@@ -36,7 +38,7 @@ class Workspace:
         if slot is None or slot.numel() < n or slot.dtype != like.dtype or slot.device != like.device:
             self._slots.pop(name, None)
             del slot  # before its successor is made
-            slot = self._slots[name] = torch.empty(n, dtype=like.dtype, device=like.device)
+            slot = self._slots[name] = _memory(n, like)
         return slot[:n].view(shape)
 
     def linear(self, name: str, module: Any, x: Tensor) -> Tensor:
@@ -84,6 +86,18 @@ class Workspace:
         up = self.linear("b", mlp.up_proj, x)
         gate = gate.mul_(up) if own else gate * up
         return self.linear("x", mlp.down_proj, gate)
+
+
+def _memory(n: int, like: Tensor) -> Tensor:
+    """Memory for n elements. Large ones come from the system, to which they go back at once: malloc would keep what lies
+    below something that is still in use, and that is more than 5% of the peak then."""
+    size = n * like.element_size()
+    if size >= _LARGE and like.device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE"):
+        try:
+            return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=like.dtype)
+        except OSError:
+            pass  # no room: torch says so in its own words
+    return torch.empty(n, dtype=like.dtype, device=like.device)
 
 
 def is_plain(module: Any, x: Tensor) -> bool:
