@@ -63,9 +63,23 @@ def test_peers_that_cannot_run_say_why():
     found = {one["name"]: one for one in kv.peers(plan)}
     ours = found["LongCache(kv='int4')"]
     assert ours["kv_len"] == 256 and ours["error"] < 0.4 and found["LongCache(kv='model')"]["error"] < 0.01
-    if not torch.cuda.is_available():
-        assert "DynamicCache(offloading=True)" in found
+    assert "DynamicCache(offloading=True)" in found
     assert any("does not run here" in text for text in kv.peer_lines([{"name": "x", "why": "RuntimeError: no"}]))
+
+
+@pytest.mark.parametrize("error", [ImportError("no package"), AttributeError(), TypeError("two\nlines")])
+def test_a_failure_is_told_of_a_peer_and_raised_of_ours(error):
+    def make():
+        raise error
+
+    plan = kv.plan(formats="model", heads="4x2x64", peer_len=64, rounds=3)
+    first = (str(error).splitlines() or [""])[0]
+    assert kv._step("QuantizedCache", make, plan) == {
+        "name": "QuantizedCache",
+        "why": f"{type(error).__name__}: {first}",
+    }
+    with pytest.raises(type(error)):
+        kv._step("LongCache(kv='model')", make, plan)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
