@@ -236,7 +236,14 @@ def peaks(shape: Shape, work: Work, storage: Storage) -> list[Peak]:
             activations=p.keys_only,
         )
     if sealed:
-        phase("the last layer's pages", kv=kv_after(layers), hidden=p.hidden, scratch=p.scratch)
+        # The workspace of the chunks before is still there.
+        out = work.batch * min(work.chunk, work.tokens) * shape.q_dim * shape.size
+        if whole:
+            kept = p.activations - out
+            phase(f"layer {whole}'s pages", kv=kv_after(whole), hidden=p.hidden, scratch=p.scratch, activations=kept)
+        if whole < layers:
+            last = {"kv": kv_after(layers), "hidden": p.hidden, "scratch": p.scratch, "activations": p.keys_only}
+            phase("the last layer's pages", **last)
     phase("logits", kv=kv_after(layers), hidden=p.hidden, scratch=p.scratch, logits=p.logits)
     if work.new:
         phase("generating", kv=p.kv, logits=work.batch * shape.vocab * (shape.size + 4))
