@@ -474,10 +474,15 @@ def run(path, options):
     torch.save((llama1m_ext.stats(model).served, found), path)
 
 def child(path, options):
+    # Not in the middle of the fork: at-fork handlers that a Ctrl-C cuts short leave Python itself with broken locks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return pid
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.alarm(60)  # a child that hangs is a failure, not a wait
         run(path, options)
     except KeyboardInterrupt:
         os._exit(3 if {layer.length for layer in cache.layers} <= {past} else 4)
@@ -530,5 +535,5 @@ def test_kills_at_random_moments(tmp_path, name, past, kills):
     assert found["kills"] >= kills
     assert found["rounds"] >= 1
     assert found["spared"] > 0, "no run went on from a checkpoint"
-    # A Ctrl-C in the middle of a fork lands in other packages' at-fork handlers, which say so; ours has nothing to say.
-    assert "llama1m" not in answer.stderr, answer.stderr
+    # A Ctrl-C that lands in a finalizer is printed by Python as ignored, and the run goes on.
+    assert not answer.stderr or "Exception ignored" in answer.stderr, answer.stderr
