@@ -72,8 +72,11 @@ class Identity:
             if not isinstance(value, dict if name in ("config", "rope") else str):
                 raise ValueError(f"model: {name}: expected something else, got {value!r:.80}")
         frequencies = entry["rope"].get("inv_freq")
-        numbers = [*frequencies, entry["rope"].get("attention_scaling")] if isinstance(frequencies, list) else [None]
-        if not all(type(x) in (int, float) for x in numbers):
+        numbers: list[Any] = [None]
+        if isinstance(frequencies, list):
+            numbers = [*frequencies, entry["rope"].get("attention_scaling")]
+        # NaN is not between, nor what no float holds.
+        if not all(type(x) in (int, float) and -1e300 < x < 1e300 for x in numbers):
             raise ValueError(f"model: rope: expected frequencies, got {frequencies!r:.80}")
         return cls(**entry)
 

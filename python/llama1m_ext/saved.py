@@ -12,6 +12,7 @@ import functools
 import gc
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,13 @@ def save(cache: Any, path: str | os.PathLike[str], model: Any) -> None:
     ids = getattr(cache, "tokens", None)
     if ids is not None:
         entries.append(("tokens", ids.dtype, tuple(ids.shape), [ids.contiguous()]))
+    for layer in layers:
+        assert layer.kind is not None  # as there are tokens
+        found, expected = (len(layers), *layer.kind[1:4]), _axes(inner.config)
+        if found != expected:
+            raise ValueError(
+                f"model: expected the one that made the cache, with layers, kv_heads, k_dim and v_dim {found}, got {expected}"
+            )
     body: dict[str, Any] = {
         "version": VERSION,
         "length": lengths.pop(),
@@ -381,7 +389,8 @@ def _opened(source: PageSource) -> tuple[dict[str, Any], dict[str, tuple[Span, i
     text = metadata.get(_META)
     if text is None:
         raise CacheDamaged(f"{path}: expected a saved cache, found a safetensors file without {_META!r}")
-    if hashlib.sha256(text.encode()).hexdigest() != metadata.get(f"{_META}.sha256"):
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # JSON can say half a character
+    if digest != metadata.get(f"{_META}.sha256"):
         raise CacheDamaged(f"{path}: the metadata are not what was written: the file is damaged")
     try:
         body = json.loads(text)
@@ -417,15 +426,24 @@ def _layer(entry: Mapping[str, Any], length: int) -> _Layer:
         raise ValueError(f"expected pages with {length} tokens, {_AXES} and two dtypes")
     k_dtype, v_dtype = (_dtype(name) for name in dtypes)
     batch, kv_heads, k_dim, v_dim = axes
+    if (
+        math.prod((batch, kv_heads, max(k_dim, v_dim), length)) >= 1 << 50
+    ):  # also rounded up to groups, torch can count it
+        raise ValueError(f"kind: expected what a file can hold, got {axes} for {length} tokens")
     return _Layer(
         sizes, KvFormat.parse(entry["kv"]), Kind(batch, kv_heads, k_dim, v_dim, k_dtype, v_dtype, torch.device("cpu"))
     )
 
 
+def _axes(config: Any) -> tuple[int, int, int, int]:
+    """Layers, kv_heads, k_dim and v_dim of a model."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, config.num_key_value_heads, head_dim, head_dim
+
+
 def _check_fit(path: str, layers: Sequence[_Layer], config: Any) -> None:
     """The layers are those of a model with this config, whatever else the file says of itself."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    expected = (config.num_hidden_layers, config.num_key_value_heads, head_dim, head_dim)
+    expected = _axes(config)
     for layer in layers:
         found = (len(layers), *layer.kind[1:4])
         if found != expected:

@@ -303,6 +303,16 @@ def test_every_difference_is_listed(tmp_path):
         assert word in str(caught.value)
 
 
+def test_saving_with_a_model_that_can_not_have_made_it(tmp_path):
+    model = testing.tiny_model()
+    cache = filled(model)
+    cache.save(tmp_path / "f")
+    before = (tmp_path / "f").read_bytes()
+    with pytest.raises(ValueError, match="made the cache"):
+        cache.save(tmp_path / "f", testing.tiny_model(num_hidden_layers=3))
+    assert (tmp_path / "f").read_bytes() == before
+
+
 def test_a_weight_that_changed(tmp_path):
     model = testing.tiny_model()
     cache = filled(model)

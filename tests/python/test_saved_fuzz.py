@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import struct
 
 import pytest
 import torch
 
-from llama1m_ext import LongCache, tensorfile, testing
+from llama1m_ext import LongCache, saved, tensorfile, testing
 from llama1m_ext.dense import loaded
 from llama1m_ext.stored import checksum
 
@@ -289,6 +290,7 @@ def test_words_that_are_not_what_they_should_be(good):
         '{"version":Infinity}',
         '{"version":1,"length":' + "9" * 5000 + "}",
         '"\\ud800"',
+        "\ud800",
         '{"version":1,"length":1,"layers":[],"model":{}}',
     ],
     ids=lambda text: text[:20],
@@ -324,6 +326,21 @@ def test_pages_in_other_sizes(good):
             assert not good.check(made, sizes)
         else:
             assert good.check_forged(made, (kind, sizes)), "pages are of the size that they are"
+
+
+def test_numbers_that_are_too_large_together(good):
+    body = copy.deepcopy(good.body)
+    body["length"] = 1 << 39
+    for layer in body["layers"]:
+        layer["kind"][0], layer["sizes"] = 1 << 39, [1 << 39]
+    made = good.forged(body=body)
+    assert isinstance(good.outcome(made), tensorfile.CacheDamaged)
+    with pytest.raises(tensorfile.CacheDamaged):
+        saved.info(good.path)
+    for frequency in (10**400, math.inf, math.nan):
+        body = copy.deepcopy(good.body)
+        body["model"]["rope"]["inv_freq"][0] = frequency
+        assert isinstance(good.outcome(good.forged(body=body)), tensorfile.CacheDamaged), frequency
 
 
 def test_more_and_fewer_layers(good):
