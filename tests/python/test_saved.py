@@ -476,7 +476,7 @@ def test_verify_finds_each_damaged_byte(tmp_path):
         path.write_bytes(data)
         answer = call("cache", "verify", path)
         assert answer.exit_code == 1
-        assert str(path) in answer.stderr
+        assert str(path) in answer.output
         assert answer.exception is None or isinstance(answer.exception, SystemExit)
         data[at] ^= 4
 
@@ -487,5 +487,5 @@ def test_files_that_are_no_caches(tmp_path):
         for path, words in ((tmp_path / "text", "expected a safetensors file"), (tmp_path / "none", "No such file")):
             answer = call("cache", command, path)
             assert answer.exit_code == 1
-            assert words in answer.stderr
-            assert str(path) in answer.stderr
+            assert words in answer.output
+            assert str(path) in answer.output
