@@ -7,14 +7,13 @@ import json
 import math
 import weakref
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .stored import as_bytes, checksum
+from .stored import as_bytes, checksums
 
 _CONFIG = (
     "model_type",
@@ -112,17 +111,16 @@ def identity(model: Any) -> Identity:
     for name, tensor in tensors.items():
         if tensor.device.type == "meta":
             raise ValueError(f"model: expected weights in memory, but {name} is not")
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        state = tuple(zip(map(_state, tensors.values()), pool.map(_sample, tensors.values()), strict=True))
-        before, weights = _known.get(model, ((), ""))
-        if before != state:
-            digest = hashlib.blake2b(digest_size=16)
-            sums = dict(zip(tensors, pool.map(_sum, tensors.values()), strict=True))
-            for name in sorted(tensors):
-                tensor = tensors[name]
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {sums[name]:016x}\n".encode())
-            weights = digest.hexdigest()
-            _known[model] = state, weights
+    state = tuple(zip(map(_state, tensors.values()), checksums(map(_sample, tensors.values())), strict=True))
+    before, weights = _known.get(model, ((), ""))
+    if before != state:
+        digest = hashlib.blake2b(digest_size=16)
+        sums = dict(zip(tensors, checksums(map(_memory, tensors.values())), strict=True))
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {sums[name]:016x}\n".encode())
+        weights = digest.hexdigest()
+        _known[model] = state, weights
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
     return Identity(
         config={name: _plain(getattr(model.config, name, None)) for name in _CONFIG},
@@ -155,16 +153,13 @@ def _memory(tensor: Tensor) -> Tensor:
     return as_bytes(tensor.cpu().contiguous())
 
 
-def _sum(tensor: Tensor) -> int:
-    return checksum(_memory(tensor))
-
-
-def _sample(tensor: Tensor) -> int:
+def _sample(tensor: Tensor) -> Tensor:
+    """The bytes that are looked at each time."""
     memory = _memory(tensor)
     if memory.numel() > _RUNS * _RUN:
         last = memory.numel() - _RUN
         memory = torch.cat([memory[a : a + _RUN] for a in (last * i // (_RUNS - 1) for i in range(_RUNS))])
-    return checksum(memory)
+    return memory
 
 
 def _rope(model: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ ALIGN = 64
 """Tensors begin at a multiple of so many bytes: a line of the CPU's caches, and the longest vector."""
 # Not accounted for as memory that might be written, however large the file: nobody writes to more than a few of its pages.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+_AT_ONCE = 1 << 30
+"""Bytes whose checksums are taken together."""
 
 
 class CacheDamaged(ValueError):
@@ -44,6 +46,20 @@ class Span(NamedTuple):
 def checksum(tensor: Tensor) -> int:
     """64 bits that change with any byte of a contiguous CPU tensor (xxh3)."""
     return _core.checksum(tensor)
+
+
+def checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """`checksum` of each, on all threads; few are alive at a time where the iterable makes them."""
+    found: list[int] = []
+    waiting: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        waiting.append(tensor)
+        size += tensor.nbytes
+        if size > _AT_ONCE:
+            found += _core.checksums(waiting, threads=torch.get_num_threads())
+            waiting, size = [], 0
+    return found + _core.checksums(waiting, threads=torch.get_num_threads())
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

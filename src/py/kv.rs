@@ -1,10 +1,12 @@
 //! `kv_append`, `kv_read` and checksums for Python.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use pyo3::prelude::*;
 
 use super::error::raise;
 use super::{detached, tensor};
-use crate::cpu::kv;
+use crate::cpu::{kv, pool};
 use crate::error::Error;
 use crate::quant::Axis;
 
@@ -53,4 +55,19 @@ pub fn kv_read(
 pub fn checksum(py: Python<'_>, tensor: &Bound<'_, PyAny>) -> PyResult<u64> {
     let data = tensor::bytes("tensor", tensor)?;
     Ok(py.detach(|| xxhash_rust::xxh3::xxh3_64(data)))
+}
+
+/// 64-bit xxh3 of the bytes of each of some contiguous tensors.
+#[pyfunction]
+#[pyo3(signature = (tensors, *, threads=1))]
+pub fn checksums(py: Python<'_>, tensors: Vec<Bound<'_, PyAny>>, threads: usize) -> PyResult<Vec<u64>> {
+    let mut data = Vec::with_capacity(tensors.len());
+    for (i, tensor) in tensors.iter().enumerate() {
+        data.push(tensor::bytes(&format!("tensors[{i}]"), tensor)?);
+    }
+    let sums: Vec<AtomicU64> = data.iter().map(|_| AtomicU64::new(0)).collect();
+    detached(py, threads, |cx| {
+        pool::run(cx, data.len(), 1, |i| sums[i].store(xxhash_rust::xxh3::xxh3_64(data[i]), Ordering::Relaxed))
+    })?;
+    Ok(sums.into_iter().map(AtomicU64::into_inner).collect())
 }

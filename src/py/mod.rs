@@ -43,6 +43,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(kv::kv_append, m)?)?;
     m.add_function(wrap_pyfunction!(kv::kv_read, m)?)?;
     m.add_function(wrap_pyfunction!(kv::checksum, m)?)?;
+    m.add_function(wrap_pyfunction!(kv::checksums, m)?)?;
     m.add_function(wrap_pyfunction!(rope::rope_apply, m)?)?;
     m.add_function(wrap_pyfunction!(rope::cos_sin, m)?)?;
     m.add_function(wrap_pyfunction!(probe::isa, m)?)?;

@@ -1,0 +1,47 @@
+// What a kernel is told: plain structs, passed by value. src/cuda/params.rs mirrors them byte for byte.
+//
+// Strides are in bytes. q, k, v and out are [batch, heads, len, head_dim] with a contiguous last axis.
+#pragma once
+
+constexpr int GROUP = 64;        // tokens that share a scale of K; channels that share a scale of V
+constexpr int MAX_PAGES = 12;    // of one launch: more are several launches, merged
+constexpr int SEGMENT = 65536;   // keys whose outputs are summed in registers; segments are merged in float32
+
+enum Format : int { DENSE = 0, INT8 = 1, INT4 = 2, FP8 = 3 };
+enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
+
+struct View {                    // [batch, heads, len, ...]
+    uint64_t ptr;
+    int64_t batch_stride, head_stride, row_stride;
+};
+
+struct Side {                    // K or V of a page
+    View rows;                   // a row: a token; of compact K a group of 64 tokens (layout: python/llama1m_ext/formats.py)
+    View params;                 // compact, float16. K: a row is a group's scales, then offsets. V: a row is a block of 64 channels
+                                 // (all scales' blocks, then all offsets'), its elements the tokens.
+    int32_t format;              // Format
+    int32_t reserved;
+};
+
+struct Page {
+    Side k, v;
+    int32_t first;               // first token of the page, in the call's numbering
+    int32_t tokens;              // in use
+};
+
+struct Attn {                    // attention_any, attention_sm80, attention_sm90, decode
+    View q, out;                 // out: q's dtype, or float32 where out_f32
+    uint64_t lse;                // float32 [batch, q_heads, q_len] contiguous, natural logarithm; or 0
+    uint64_t total;              // prefill: float32 [batch, q_heads, q_len, head_dim] contiguous, where kv_len > SEGMENT; or 0
+    uint64_t kv_start, kv_end;   // int64 [batch] on the device; or 0
+    int64_t q_start;             // position of query 0; key j is hidden from query i when causal and j > q_start + i
+    int32_t batch, q_heads, kv_heads, q_len, kv_len, head_dim;
+    int32_t causal, out_f32;
+    float scale;                 // softmax_scale * log2(e): scores are in base 2
+    int32_t pages;               // in use of `page`
+    // decode: each page is cut into splits of split_len keys (a multiple of 64); split s writes a partial in base e to
+    // part_out [splits, batch, q_heads, q_len, head_dim] float32 and part_lse [splits, batch, q_heads, q_len]
+    int32_t split_len, splits;
+    uint64_t part_out, part_lse;
+    Page page[MAX_PAGES];
+};
