@@ -50,7 +50,7 @@ def kv_read(page: Side, start: int, out: Array, of: str, *, threads: int = 1) ->
 def checksum(tensor: Array) -> int:
     """64-bit xxh3 of a contiguous tensor's bytes."""
 
-def checksums(tensors: list[Array], *, threads: int = 1) -> list[int]:
+def checksums(tensors: Sequence[Array], *, threads: int = 1) -> list[int]:
     """64-bit xxh3 of the bytes of each of some contiguous tensors."""
 
 def rope_apply(
