@@ -249,6 +249,14 @@ impl<'a> CompactMut<'a> {
     pub fn shape(&self) -> [usize; 4] {
         self.shape
     }
+
+    /// Where token `i`'s codes and params are: of keys those of its group.
+    pub fn place(&self, b: usize, h: usize, i: usize) -> (*mut u8, *mut u16) {
+        match self.axis {
+            Axis::Channel => (self.rows.row(b, h, i / GROUP), self.params.row(b, h, i / GROUP).cast()),
+            Axis::Token => (self.rows.row(b, h, i), self.params.row(b, h, 0).cast::<u16>().wrapping_add(i)),
+        }
+    }
 }
 
 #[cfg(test)]

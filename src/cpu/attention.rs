@@ -208,9 +208,10 @@ unsafe fn attend(p: &Problem, plans: &Plans, kernels: &Kernels, t: &Task, scratc
                 if let Some(run) = &ahead {
                     for j in panel * per_panel..((panel + 1) * per_panel).min(run.len) {
                         for rows in [&run.k, &run.v] {
-                            // A group of compact keys is 64 times a row, whichever way it lies.
                             let bytes = rows.codes.map_or(row_bytes, |c| c.bytes(width(p.head_dim)));
-                            let stride = if rows.first > 0 || rows.stride > 16 * bytes { bytes } else { rows.stride };
+                            // A stride of compact keys is a group's: its bytes are asked for a row's worth at a time.
+                            let grouped = rows.codes.is_some() && std::ptr::eq(rows, &run.k);
+                            let stride = if grouped { bytes } else { rows.stride };
                             prefetch(rows.ptr.wrapping_add(j * stride), bytes);
                         }
                     }

@@ -38,7 +38,8 @@ struct Plans {
     /// Zero-padded copies of a block of k and v, where head_dim is not a whole number of chunks.
     k: usize,
     v: usize,
-    /// Where pages are compact: q in float32 and operands made on the way; see `BlockCodes`.
+    /// Where pages are compact: q in float32 (`q` itself where that is float32) and operands made on the way; see
+    /// `BlockCodes`.
     q32: usize,
     units: usize,
 }
@@ -62,20 +63,21 @@ impl Plans {
         let splits = if threads == 1 { 1 } else { wanted.min(most / MIN_SPLIT).max(1) };
         let mut plan = Plan::default();
         let padded = if dp == p.head_dim { 0 } else { BLOCK * dp * p.q.dtype().size() / 4 };
+        let q = plan.words(ROWS * dp / kernel.pair);
         Self {
             kernel,
             dp,
             chunk,
             tiles,
             splits,
-            q: plan.words(ROWS * dp / kernel.pair),
+            q,
             s: plan.words(ROWS * BLOCK),
             m: plan.words(ROWS),
             l: plan.words(ROWS * kernel.lanes),
             o: plan.words(ROWS * dp),
             k: plan.words(padded),
             v: plan.words(padded),
-            q32: plan.words(if compact { ROWS * dp } else { 0 }),
+            q32: if compact && kernel.pair > 1 { plan.words(ROWS * dp) } else { q },
             units: plan.words(if compact { ROWS * dp.max(BLOCK) / kernel.pair } else { 0 }),
             plan,
         }
@@ -161,9 +163,9 @@ unsafe fn attend(p: &Problem, plans: &Plans, t: &Task, scratch: *mut u8) -> Opti
         std::ptr::write_bytes(l, 0, rows * kernel.lanes);
         std::ptr::write_bytes(o, 0, rows * plans.dp);
         if lo < hi {
-            pack_q(p, plans, t, rows, at(plans.q).cast());
-            if p.kv.is_compact() {
-                widen_q(p, plans, t, rows, at(plans.q32).cast());
+            pack_q(p, plans, t, rows, kernel.pair, at(plans.q));
+            if plans.q32 != plans.q {
+                pack_q(p, plans, t, rows, 1, at(plans.q32));
             }
         }
         let mut limits = [0i32; ROWS];
@@ -279,30 +281,11 @@ unsafe fn relay(plans: &Plans, rows: usize, o: *mut f32, from: Option<Codes>, to
     }
 }
 
-/// Rows of q to float32 `[rows][dp]`, times all that makes scores in base 2; zero beyond head_dim.
-unsafe fn widen_q(p: &Problem, plans: &Plans, t: &Task, rows: usize, dst: *mut f32) {
+/// Rows of q to `[rows][dp / pair]` operand units, zero beyond head_dim and for rows beyond the task's.
+unsafe fn pack_q(p: &Problem, plans: &Plans, t: &Task, rows: usize, pair: usize, dst: *mut u8) {
     let dtype = p.q.dtype();
-    let factor = p.scaling(1).0;
-    for r in 0..rows {
-        for d in 0..plans.dp {
-            // SAFETY: inside the plan; q is read below head_dim only.
-            unsafe {
-                let mut x = 0.0;
-                if r < t.rows && d < p.head_dim && factor != 0.0 {
-                    let (i, head) = place(p, t, r);
-                    x = f64::from(dtype.read(p.q.row(t.b, head, i).add(d * dtype.size()))) * factor;
-                }
-                *dst.add(r * plans.dp + d) = x as f32;
-            }
-        }
-    }
-}
-
-/// Rows of q to `[rows][dp / PAIR]` operand units, zero beyond head_dim and for rows beyond the task's.
-unsafe fn pack_q(p: &Problem, plans: &Plans, t: &Task, rows: usize, dst: *mut u8) {
-    let dtype = p.q.dtype();
-    let (factor, _) = p.scaling(plans.kernel.pair);
-    let size = 4 / plans.kernel.pair;
+    let (factor, _) = p.scaling(pair);
+    let size = 4 / pair;
     for r in 0..rows {
         for d in 0..plans.dp {
             // SAFETY: inside the plan; q is read below head_dim only.

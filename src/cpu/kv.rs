@@ -71,23 +71,23 @@ pub fn kv_append(name: &str, rows: TensorRef, page: SideMut, at: usize, cx: &Con
                         std::ptr::copy_nonoverlapping(rows.row(b, h, j), t.row(b, h, at + j), bytes);
                     }
                 }
-                SideMut::Compact(c) => (kernels.quantize)(&Quantize {
-                    src: rows.row(b, h, i),
-                    src_stride: rows.row_bytes(),
-                    dtype: rows.dtype(),
-                    n: count,
-                    head_dim,
-                    width: wide,
-                    codes: c.codes,
-                    axis: c.axis,
-                    dst: c.rows.row(b, h, if c.axis == Axis::Channel { (at + i) / GROUP } else { at + i }),
-                    dst_stride: c.rows.row_bytes(),
-                    params: match c.axis {
-                        Axis::Channel => c.params.row(b, h, (at + i) / GROUP).cast(),
-                        Axis::Token => c.params.row(b, h, 0).cast::<u16>().wrapping_add(at + i),
-                    },
-                    params_stride: c.params.row_bytes(),
-                }),
+                SideMut::Compact(c) => {
+                    let (dst, params) = c.place(b, h, at + i);
+                    (kernels.quantize)(&Quantize {
+                        src: rows.row(b, h, i),
+                        src_stride: rows.row_bytes(),
+                        dtype: rows.dtype(),
+                        n: count,
+                        head_dim,
+                        width: wide,
+                        codes: c.codes,
+                        axis: c.axis,
+                        dst,
+                        dst_stride: c.rows.row_bytes(),
+                        params,
+                        params_stride: c.params.row_bytes(),
+                    })
+                }
             }
         }
     })
