@@ -1,7 +1,7 @@
 # Everyday commands. PYTHON is the interpreter of the environment you work in (make venv makes one).
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: help venv build test test-rust test-python test-isa compat lint format types bench demo ci clean
+.PHONY: help venv build cubins wheel test test-rust test-python test-isa compat lint format types bench demo ci clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -14,6 +14,12 @@ venv: ## .venv with the package in editable form and everything its tests need
 
 build: ## compile the Rust module into python/llama1m_ext (release profile)
 	$(PYTHON) -m maturin develop --release
+
+cubins: ## the CUDA kernels for sm_80 and sm_90a, with a pinned NVRTC from the package index; no CUDA needed
+	$(PYTHON) csrc/build.py
+
+wheel: cubins ## a wheel that carries the cubins, in dist/
+	$(PYTHON) -m maturin build --release --out dist
 
 test: test-rust test-python ## both suites
 
@@ -61,4 +67,4 @@ ci: ## all that CI runs
 
 clean: ## what builds and tests leave
 	cargo clean
-	rm -rf .ci/work bench-out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .ci/work bench-out dist python/llama1m_ext/cubins .pytest_cache .mypy_cache .ruff_cache .hypothesis
