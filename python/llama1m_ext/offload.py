@@ -182,7 +182,6 @@ def attention(
     """
     pages = layer.pages
     kv_len = layer.length if kv_len is None else kv_len
-    more: dict[str, Any] = {} if out_dtype is None else {"out_dtype": out_dtype}
     if all(type(page) is not StoredPage or page.at_hand for page in pages):
         # In memory, or seen through a map: the same bits as if nothing were stored.
         pages = [page.load() if type(page) is StoredPage else page for page in pages]
@@ -197,7 +196,7 @@ def attention(
             kv_end=kv_end,
             kv_len=kv_len,
             return_lse=return_lse,
-            **more,
+            out_dtype=out_dtype,
         )
     q_start = kv_len - q.shape[2] if q_start is None else q_start
     view = _View(q.shape[2], causal, q_start, kv_start, kv_end, kv_len)
@@ -205,18 +204,23 @@ def attention(
 
     def add(part: Sequence[Page], at: int | None, tokens: int) -> None:
         """The partial of some pages; `at`: the position of the first token, None where every query sees them all."""
+        seen: dict[str, Any] = {"causal": False, "q_start": 0}
+        if at is not None:
+            seen = {
+                "causal": causal,
+                "q_start": q_start - at,
+                "kv_start": _shifted(kv_start, at, tokens),
+                "kv_end": _shifted(kv_end, at, tokens),
+            }
         out, lse = ops.attention(
             q,
             [page.k for page in part],
             [page.v for page in part],
-            causal=causal and at is not None,
             softmax_scale=softmax_scale,
-            q_start=0 if at is None else q_start - at,
-            kv_start=None if at is None else _shifted(kv_start, at, tokens),
-            kv_end=None if at is None else _shifted(kv_end, at, tokens),
             kv_len=tokens,
             return_lse=True,
             out_dtype=torch.float32,
+            **seen,
         )
         total.add(out, lse)
 

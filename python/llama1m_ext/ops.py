@@ -1,24 +1,28 @@
 """Attention, merges and RoPE over torch tensors.
 
 q, k, v are `[batch, heads, len, head_dim]` views with any strides but a contiguous last axis; float32, bfloat16 or
-float16. All of it runs on the CPU on `torch.get_num_threads()` threads; nothing here has gradients yet. Inside
-`torch.compile` the calls become custom operators (`torch.ops.llama1m_ext`), so that no graph breaks.
+float16. Tensors on the CPU are computed there, on `torch.get_num_threads()` threads; those on an NVIDIA GPU on that GPU,
+in torch's current stream, and nothing waits for it. All tensors of a call are on one device, but `inv_freq`, which is on
+the CPU. Nothing here has gradients yet. Inside `torch.compile` the calls become custom operators
+(`torch.ops.llama1m_ext`), so that no graph breaks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _core
+from . import _core, cuda
 from .formats import Compact, Page, Side
 
 __all__ = ["attention", "kv_append", "kv_read", "merge_partials", "rope_apply"]
 
 Pages = Side | Sequence[Side]
 Tensors = Tensor | Sequence[Tensor]
+_DEVICES = ("cpu", "cuda")
 
 
 def attention(
@@ -64,6 +68,7 @@ def attention(
     Raises:
         TypeError: a dtype, device or kind of argument that is not served; an input that needs a gradient.
         ValueError: shapes, strides or numbers that don't fit; the message names the argument and both values.
+        cuda.Missing: tensors on a GPU, and its driver or kernels for it are not there; the message says which.
     """
     if torch.compiler.is_compiling():
         pages_k, pages_v = _flat(k), _flat(v)
@@ -79,7 +84,16 @@ def attention(
     return _attention(q, k, v, causal, softmax_scale, q_start, kv_start, kv_end, kv_len, return_lse, out_dtype)
 
 
-def kv_append(k: Tensor, v: Tensor, page: Page, at: int) -> None:
+def kv_append(
+    k: Tensor,
+    v: Tensor,
+    page: Page,
+    at: int,
+    *,
+    positions: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    attention_scaling: float = 1.0,
+) -> None:
     """Writes keys and values into a page, made compact on the way where the page is compact (see `formats`).
 
     Compact keys share scales over 64 tokens: they are written whole groups at a time, and a last group of fewer tokens
@@ -89,17 +103,26 @@ def kv_append(k: Tensor, v: Tensor, page: Page, at: int) -> None:
         k, v: `[batch, kv_heads, n, head_dim]`, float32, bfloat16 or float16; the page's dtype where it is dense.
         page: where to.
         at: first token of the page that is written; a multiple of 64 where its k is compact.
+        positions, inv_freq, attention_scaling: as `rope_apply`: k is rotated on the way (one pass on a GPU). None: it
+            is rotated already.
 
     Raises:
         TypeError, ValueError: as `attention`, before anything is written to the side that the message names.
     """
-    threads = torch.get_num_threads()
     _tensors("k", [k])
     _tensors("v", [v])
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"v: expected the batch, heads and length of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    if (positions is None) != (inv_freq is None):
+        raise ValueError("inv_freq: expected positions and inv_freq, or neither, got one of them")
+    if cuda.serves(k):
+        return cuda.kv_append(k, v, page.k, page.v, at, positions, inv_freq, attention_scaling)
+    if positions is not None and inv_freq is not None:
+        k, _ = _rope_apply(k, None, positions, inv_freq, attention_scaling)
+    threads = torch.get_num_threads()
     _core.kv_append(k, page.k, at, "k", threads=threads)
     _core.kv_append(v, page.v, at, "v", threads=threads)
+    return None
 
 
 def kv_read(page: Page, start: int, end: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -118,7 +141,10 @@ def kv_read(page: Page, start: int, end: int, head_dim: int, dtype: torch.dtype)
     for of, side in (("k", page.k), ("v", page.v)):
         first = side.codes if isinstance(side, Compact) else side
         out = torch.empty((*first.shape[:2], end - start, head_dim), dtype=dtype, device=first.device)
-        _core.kv_read(side, start, out, of, threads=torch.get_num_threads())
+        if cuda.serves(first):
+            cuda.kv_read(side, start, out, of)
+        else:
+            _core.kv_read(side, start, out, of, threads=torch.get_num_threads())
         found.append(out)
     return found[0], found[1]
 
@@ -166,7 +192,7 @@ def rope_apply(
         q: `[batch, q_heads, len, head_dim]`.
         k: `[batch, kv_heads, len, head_dim]`, or None.
         positions: int64 `[batch, len]`, `[1, len]` or `[len]`, each from 0 to 2^40.
-        inv_freq: float64 `[rotary_dim / 2]`, radians a token.
+        inv_freq: float64 `[rotary_dim / 2]`, radians a token; on the CPU, wherever the others are.
         attention_scaling: multiplies cos and sin (YaRN, longrope).
         q_out: where to write; may be q itself. Default: a new tensor.
         k_out: likewise for k.
@@ -236,7 +262,7 @@ def _unstack(name: str, x: Tensors, rank: int) -> list[Tensor]:
 def _row_tensor(x: Tensor | int | None, q: Tensor) -> Tensor | None:
     if x is None or isinstance(x, Tensor):
         return x
-    return torch.full((q.shape[0],), x, dtype=torch.int64)
+    return torch.full((q.shape[0],), x, dtype=torch.int64, device=q.device)
 
 
 def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -262,27 +288,30 @@ def _attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     out = _like(q, out_dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
-    _core.attention(
-        q,
-        [k] if isinstance(k, Compact) else k,
-        [v] if isinstance(v, Compact) else v,
-        out,
-        lse,
-        causal=causal,
-        softmax_scale=softmax_scale,
-        q_start=q_start,
-        kv_start=kv_start,
-        kv_end=kv_end,
-        kv_len=kv_len,
-        threads=torch.get_num_threads(),
-    )
+    k = [k] if isinstance(k, Compact) else k
+    v = [v] if isinstance(v, Compact) else v
+    where: dict[str, Any] = {
+        "causal": causal,
+        "softmax_scale": softmax_scale,
+        "q_start": q_start,
+        "kv_start": kv_start,
+        "kv_end": kv_end,
+        "kv_len": kv_len,
+    }
+    if cuda.serves(q):
+        cuda.attention(q, k, v, out, lse, **where)
+    else:
+        _core.attention(q, k, v, out, lse, **where, threads=torch.get_num_threads())
     return out if lse is None else (out, lse)
 
 
 def _merge_partials(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     out = _like(outs[0])
     lse = torch.empty(outs[0].shape[:3], dtype=torch.float32, device=outs[0].device)
-    _core.merge_partials(outs, lses, out, lse, threads=torch.get_num_threads())
+    if cuda.serves(out):
+        cuda.merge_partials(outs, lses, out, lse)
+    else:
+        _core.merge_partials(outs, lses, out, lse, threads=torch.get_num_threads())
     return out, lse
 
 
@@ -298,6 +327,9 @@ def _rope_apply(
     q_out = _like(q) if q_out is None else q_out
     if k is not None and k_out is None:
         k_out = _like(k)
+    if cuda.serves(q):
+        cuda.rope_apply(q, k, q_out, k_out, positions, inv_freq, attention_scaling)
+        return q_out, k_out
     _core.rope_apply(
         q,
         k,
@@ -315,7 +347,7 @@ def _rope_apply(
 # operator's schema has no optional results.
 
 
-@torch.library.custom_op("llama1m_ext::attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("llama1m_ext::attention", mutates_args=(), device_types=_DEVICES)
 def _attention_op(
     q: Tensor,
     k: Sequence[Tensor],
@@ -351,7 +383,7 @@ def _(
     return _like(q, out_dtype), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
 
 
-@torch.library.custom_op("llama1m_ext::merge_partials", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("llama1m_ext::merge_partials", mutates_args=(), device_types=_DEVICES)
 def _merge_partials_op(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return _merge_partials(list(outs), list(lses))
 
@@ -361,7 +393,7 @@ def _(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return _like(outs[0]), outs[0].new_empty(outs[0].shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("llama1m_ext::rope_apply", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("llama1m_ext::rope_apply", mutates_args=(), device_types=_DEVICES)
 def _rope_apply_op(
     q: Tensor, k: Tensor | None, positions: Tensor, inv_freq: Tensor, attention_scaling: float
 ) -> tuple[Tensor, Tensor]:
