@@ -3,7 +3,8 @@
 A pinned NVRTC of CUDA 12 makes them, for newer drivers load older cubins and not the other way round. Architectures that no cubin
 fits are compiled on first use by the NVRTC that torch brings, so a wheel without cubins works too.
   python csrc/build.py                     python/llama1m_ext/cubins/*.cubin and manifest.json (git ignores them)
-  python csrc/build.py --check [NAME...]   compiles for sm_80 sm_89 sm_90a sm_100a and prints what ptxas says; writes nothing
+  python csrc/build.py --check [NAME...]   compiles for sm_80 sm_89 sm_90a sm_100a and prints what ptxas says
+                                           and what the gates of tests/python/test_cuda_gates.py will say; writes nothing
 """
 
 from __future__ import annotations
@@ -17,12 +18,29 @@ import sys
 import tempfile
 from pathlib import Path
 
+import gates
+import sass
 from nvrtc import HERE, OPTIONS, CompileError, Nvrtc, fits, installed, kernel_files, library_in, source_hash
 
 REQUIREMENT = "nvidia-cuda-nvrtc-cu12==12.9.86"
 VERSION = "12.9"
 ARCHS = ("sm_80", "sm_90a")
 CHECK_ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a")
+SHOWN = (
+    "HGMMA",
+    "HMMA",
+    "UTMALDG",
+    "USETMAXREG",
+    "LDSM",
+    "LDGSTS",
+    "LDG",
+    "STG",
+    "LDL",
+    "STL",
+    "MUFU",
+    "BAR",
+    "WARPSYNC",
+)
 OUT = HERE.parent / "python" / "llama1m_ext" / "cubins"
 
 
@@ -54,6 +72,8 @@ def build(nvrtc: Nvrtc, out: Path) -> dict:
             program = nvrtc.compile(path, arch)
             if not program.cubin or not program.entries:
                 raise SystemExit(f"{path.name} for {arch}: expected a cubin with kernels, got none\n{program.log}")
+            if complaints := gates.figures(program):
+                raise SystemExit("not packed:\n" + "\n".join(complaints))
             file = f"{path.stem}.{arch}.cubin"
             replace(out / file, program.cubin)
             cubins.append(
@@ -83,8 +103,9 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def check(nvrtc: Nvrtc, names: list[str], archs: list[str]) -> bool:
-    """Prints what the compiler says about every kernel; whether all compiled."""
+    """Prints what compiler and disassembler say about every kernel; whether all pass the gates."""
     good = True
+    tool = sass.nvdisasm()
     paths = [path for path in kernel_files() if not names or path.stem in names or path.name in names]
     if not paths:
         raise SystemExit(f"no kernel file out of {names} in {HERE}, there is {[path.stem for path in kernel_files()]}")
@@ -105,9 +126,16 @@ def check(nvrtc: Nvrtc, names: list[str], archs: list[str]) -> bool:
                     f"stack {entry.stack}  smem {entry.smem}  params {entry.param_bytes}  "
                     f"bounds {entry.max_threads}x{entry.min_blocks}"
                 )
-            for line in program.log.splitlines():
-                if "(C7" in line or "warning" in line or "Warning" in line:
-                    print(f"  {line.strip()}")
+            complaints = gates.figures(program)
+            if tool:
+                kernels = sass.opcodes(program.cubin, tool)
+                complaints += gates.instructions(program, kernels)
+                for name, counts in sorted(kernels.items()):
+                    found = {what: sass.count(counts, what) for what in SHOWN}
+                    print(f"  {name:32} " + "  ".join(f"{what} {number}" for what, number in found.items() if number))
+            for complaint in complaints:
+                print(f"  GATE {complaint}")
+            good &= not complaints
     return good
 
 
