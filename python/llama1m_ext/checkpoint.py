@@ -13,6 +13,7 @@ or none. All of it is removed when the prefill is done.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -104,7 +105,7 @@ class Checkpoint:
         if not path.exists():
             return
         try:
-            state = _body(tensorfile.read(path)[0], path)
+            state = tensorfile.description(tensorfile.read(path)[0], _META, str(path))
             if state.get("version") != VERSION or state["key"] != self._key:
                 raise CacheDamaged(f"{path}: expected version {VERSION} of prefill {self._key}")
             done, chunk = state["done"], state["chunk"]
@@ -152,7 +153,7 @@ class Checkpoint:
         path = self.folder / _layer_name(i)
         source = PageSource.open(path, mapped=True)
         metadata, spans = tensorfile.read(source)
-        body = _body(metadata, path)
+        body = tensorfile.description(metadata, _META, str(path))
         past, _ = self._past[i]
         kept, sizes, rooms = body["kept"], body["sizes"], body["rooms"]
         if body["run"] != self._state["run"] or body["layer"] != i or not 0 <= kept <= len(past):
@@ -167,7 +168,7 @@ class Checkpoint:
             pages.append((page, rooms[j]))
         if sum(sizes) + sum(page.size for page in past[:kept]) != self.call.past_len + self.call.q_len:
             raise CacheDamaged(f"{path}: expected {self.call.past_len + self.call.q_len} tokens")
-        k_dtype, v_dtype = (_dtype(name) for name in body["dtypes"])
+        k_dtype, v_dtype = (tensorfile.dtype_of(name) for name in body["dtypes"])
         batch, kv_heads, k_dim, v_dim = (int(n) for n in body["kind"])
         kind = Kind(batch, kv_heads, k_dim, v_dim, k_dtype, v_dtype, torch.device("cpu"))
         if layer.kind is not None and layer.kind != kind:
@@ -221,7 +222,7 @@ class Checkpoint:
                 "environment": _environment(),
             }
             entry = ("hidden", hidden.dtype, tuple(hidden.shape), [hidden])
-            tensorfile.write(self.folder / _STATE, [entry], _metadata(state))
+            tensorfile.write(self.folder / _STATE, [entry], tensorfile.described(_META, state))
         except (OSError, ValueError) as e:
             # What is there stays valid, and may be gone on from.
             _warn(f"no more checkpoints of this prefill: {e}")
@@ -254,14 +255,14 @@ class Checkpoint:
             "sizes": [part.size for part, _ in parts],
             "rooms": [room for _, room in parts],
             "kind": list(kind[:4]),
-            "dtypes": [str(dtype).removeprefix("torch.") for dtype in (kind.k_dtype, kind.v_dtype)],
+            "dtypes": [tensorfile.dtype_name(dtype) for dtype in (kind.k_dtype, kind.v_dtype)],
         }
         tensors = [
             (f"{p}.{name}", tensor.dtype, tuple(tensor.shape), tensorfile.rows(tensor))
             for p, (part, _) in enumerate(parts)
             for name, tensor in loaded(part).tensors().items()
         ]
-        tensorfile.write(self.folder / _layer_name(j), tensors, _metadata(body))
+        tensorfile.write(self.folder / _layer_name(j), tensors, tensorfile.described(_META, body))
 
     # -- the end ---------------------------------------------------------------------------------------------------------
 
@@ -360,30 +361,6 @@ def _layer_name(i: int) -> str:
     return f"layer-{i:05d}.safetensors"
 
 
-def _metadata(body: dict[str, Any]) -> dict[str, str]:
-    text = json.dumps(body, sort_keys=True)
-    return {_META: text, f"{_META}.sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _body(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    """The opposite of `_metadata`.
-
-    Raises:
-        CacheDamaged: it is not what was written.
-    """
-    text = metadata.get(_META, "")
-    if hashlib.sha256(text.encode()).hexdigest() != metadata.get(f"{_META}.sha256"):
-        raise CacheDamaged(f"{path}: expected the metadata of a checkpoint: the file is damaged")
-    return json.loads(text)
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise CacheDamaged(f"expected the name of a dtype, got {name!r}")
-    return found
-
-
 def _locked(path: Path) -> int:
     """Opens a file that no other process has open this way.
 
@@ -391,17 +368,9 @@ def _locked(path: Path) -> int:
         BlockingIOError: another one has.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-    try:
-        import fcntl
-    except ImportError:  # Windows: two processes at the same prefill write the same files one after the other
-        return fd
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if tensorfile.lock(fd) is False:  # without locks, two processes at the same prefill write the same files in turn
         os.close(fd)
-        raise
-    except OSError:
-        pass  # a file system without locks
+        raise BlockingIOError(errno.EAGAIN, "another process has it open", str(path))
     return fd
 
 

@@ -20,7 +20,7 @@ Name = Literal["model", "int8", "int4", "fp8"]
 NAMES: tuple[Name, ...] = ("model", "int8", "int4", "fp8")
 _SHORT: dict[str, Name] = {"16": "model", "8": "int8", "4": "int4", "f8": "fp8"}
 _CODES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
-_OF_DTYPE: dict[torch.dtype, Name] = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
+OF_DTYPE: dict[torch.dtype, Name] = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
 
 
 class Compact(NamedTuple):
@@ -56,9 +56,14 @@ Side = Tensor | Compact
 """K or V of a page: dense `[batch, kv_heads, tokens, head_dim]`, or compact."""
 
 
+def rounded(n: int, to: int) -> int:
+    """n, up to the next multiple."""
+    return -(-n // to) * to
+
+
 def width(head_dim: int) -> int:
     """Channels of a row of codes."""
-    return -(-head_dim // GROUP) * GROUP
+    return rounded(head_dim, GROUP)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ MODEL = KvFormat("model", "model")
 
 def name_of(side: Side) -> Name:
     """The format of a page's K or V."""
-    return _OF_DTYPE[side.codes.dtype] if isinstance(side, Compact) else "model"
+    return OF_DTYPE[side.codes.dtype] if isinstance(side, Compact) else "model"
 
 
 def tokens_of(side: Side, which: Literal["k", "v"]) -> int:

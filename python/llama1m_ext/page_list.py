@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from .dense import Kind, Scratch, Stored, indexable, is_dense, loaded, new_page, part_of, with_rows
-from .formats import GROUP, MODEL, KvFormat, Page
+from .formats import GROUP, MODEL, KvFormat, Page, rounded
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 PageSize = int | Literal["auto"]
-_ROUND = 128
+ROUND = 128
 """Automatic pages are a multiple of this many tokens."""
 
 
@@ -187,7 +187,7 @@ class PageList:
         need = self.length + n - self.capacity
         if self.page_size == "auto":
             total = max(self.length + n, self._expected)
-            sizes = [rounded(max(need, total - self.capacity) + spare(total, not self.pages), _ROUND)]
+            sizes = [rounded(max(need, total - self.capacity) + spare(total, not self.pages), ROUND)]
         else:
             sizes = [self.page_size] * -(-need // self.page_size)
         for size in sizes:
@@ -332,11 +332,6 @@ class PageList:
         """Before anything is done with the pages."""
 
 
-def rounded(n: int, to: int) -> int:
-    """n, up to the next multiple."""
-    return -(-n // to) * to
-
-
 def spare(total: int, first: bool) -> int:
     """Tokens that an automatic page has room for beyond what is known to come."""
-    return max(_ROUND, total // (16 if first else 8))
+    return max(ROUND, total // (16 if first else 8))

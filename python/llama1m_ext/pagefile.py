@@ -14,8 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from .formats import Page
-from .stored import ALIGN, PageSource, Span, StoredPage, as_bytes, checksum
+from .formats import Page, rounded
+from .stored import ALIGN, PageSource, Span, StoredPage, as_bytes, checksum, write_bytes
 
 _BLOCK = 4096
 """Pages begin at a multiple of so many bytes in the file."""
@@ -169,8 +169,8 @@ class PageFile:
             for name, tensor in tensors.items():
                 nbytes = tensor.numel() * tensor.element_size()
                 spans[name] = Span(at, nbytes, tensor.dtype, tuple(tensor.shape))
-                at += -(-nbytes // ALIGN) * ALIGN
-            size = -(-at // _BLOCK) * _BLOCK
+                at += rounded(nbytes, ALIGN)
+            size = rounded(at, _BLOCK)
             free = self._free.setdefault(size, [])
             try:
                 room = _Room(free.pop(), free)
@@ -242,10 +242,7 @@ class PageFile:
             for name, tensor in page.tensors().items():
                 data = as_bytes(tensor.contiguous())
                 checksums[name] = checksum(data)
-                view, at = data.numpy().data, record.spans[name].offset
-                while view:
-                    n = os.pwrite(source.fd, view, at)
-                    view, at = view[n:], at + n
+                write_bytes(source.fd, data.numpy().data, record.spans[name].offset)
         except OSError as e:
             folder = self.folder or default_folder()
             try:

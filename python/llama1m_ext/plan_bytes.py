@@ -24,7 +24,6 @@ NORM_ROWS = 256
 """Tokens that a norm sees at a time (`workspace`)."""
 PARTIALS = 3
 """Outputs in float32 that wait for their merge, at most, where pages are streamed in."""
-_ROUND = 128
 
 Offload = Literal["host", "disk"] | None
 
@@ -140,9 +139,10 @@ def layer_bytes(shape: Shape, kv: str, tokens: int, batch: int = 1) -> int:
 
 def room_bytes(shape: Shape, kv: str, total: int, batch: int = 1) -> int:
     """Bytes of all layers' pages that a prompt of `total` tokens leaves unused (pages of automatic size)."""
-    from .formats import KvFormat
+    from .formats import KvFormat, rounded
+    from .page_list import ROUND, spare
 
-    tokens = -(-(total + max(_ROUND, total // 16)) // _ROUND) * _ROUND - total
+    tokens = rounded(total + spare(total, True), ROUND) - total
     fmt = KvFormat.parse(kv)
     return int(shape.layers * batch * tokens * fmt.token_bytes(shape.kv_heads, shape.head_dim, shape.size))
 

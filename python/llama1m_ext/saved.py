@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +23,12 @@ from transformers.cache_utils import DynamicLayer
 from .cache import LongCache
 from .dense import Kind, Stored
 from .fingerprint import Identity, identity
-from .formats import GROUP, Compact, KvFormat, Page, Side, empty
+from .formats import GROUP, OF_DTYPE, Compact, KvFormat, Page, Side, empty
 from .options import llama_models
 from .pages import PagedLayer
 from .sealed import TAIL
 from .stored import CacheDamaged, PageSource, Span, StoredPage, as_bytes, checksum, page_of
-from .tensorfile import Entry, read, rows, write
+from .tensorfile import Entry, described, description, dtype_name, dtype_of, read, rows, write
 
 VERSION = 1
 PAGE_BYTES = 16 << 20
@@ -150,10 +148,9 @@ def save(cache: Any, path: str | os.PathLike[str], model: Any) -> None:
             "sizes": sizes,
             "kv": layer.format.name,
             "kind": list(kind[:4]),
-            "dtypes": [_name(kind.k_dtype), _name(kind.v_dtype)],
+            "dtypes": [dtype_name(kind.k_dtype), dtype_name(kind.v_dtype)],
         })  # fmt: skip
-    text = json.dumps(body, sort_keys=True)
-    write(path, entries, {_META: text, f"{_META}.sha256": hashlib.sha256(text.encode()).hexdigest()})
+    write(path, entries, described(_META, body))
 
 
 def load(path: str | os.PathLike[str], model: Any, *, mapped: bool = True) -> LongCache:
@@ -217,7 +214,7 @@ def _info(source: PageSource) -> Info:
         kv_heads=kind.kv_heads,
         head_dim=kind.k_dim,
         kv=layers[0].kv.name,
-        dtype=_name(kind.k_dtype),
+        dtype=dtype_name(kind.k_dtype),
         nbytes=os.fstat(source.fd).st_size,
         has_ids="tokens" in spans,
         pages=sum(len(layer.sizes) for layer in layers),
@@ -356,7 +353,7 @@ def _shapes(dtypes: Mapping[str, torch.dtype], size: int, kind: Kind) -> dict[st
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     sides: dict[str, Side] = {}
     for which, head_dim, dtype in (("k", kind.k_dim, kind.k_dtype), ("v", kind.v_dim, kind.v_dtype)):
-        name = _CODES.get(dtypes.get(f"{which}.codes"), "model")  # type: ignore[arg-type]  # None is none of them
+        name = OF_DTYPE.get(dtypes.get(f"{which}.codes"), "model")  # type: ignore[arg-type]  # None is none of them
         like = torch.empty(0, dtype=dtype, device="meta")
         shape = (kind.batch, kind.kv_heads, size, head_dim)
         sides[which] = empty(name, which, shape, like)  # type: ignore[arg-type]  # of the names there are
@@ -376,9 +373,6 @@ def _expected(
     return _shapes(dict(dtypes), size, kind)
 
 
-_CODES = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
-
-
 # -- the header --------------------------------------------------------------------------------------------------------
 
 
@@ -386,14 +380,8 @@ def _opened(source: PageSource) -> tuple[dict[str, Any], dict[str, tuple[Span, i
     """The description in the metadata, its types checked, and the tensors."""
     path = source.name
     metadata, spans = read(source)
-    text = metadata.get(_META)
-    if text is None:
-        raise CacheDamaged(f"{path}: expected a saved cache, found a safetensors file without {_META!r}")
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # JSON can say half a character
-    if digest != metadata.get(f"{_META}.sha256"):
-        raise CacheDamaged(f"{path}: the metadata are not what was written: the file is damaged")
+    body = description(metadata, _META, path)
     try:
-        body = json.loads(text)
         version = body["version"]
         if version != VERSION:
             raise CacheMismatch(f"{path}: expected version {VERSION} of the format, got {version!r}")
@@ -424,7 +412,7 @@ def _layer(entry: Mapping[str, Any], length: int) -> _Layer:
             raise ValueError(f"{name}: expected numbers from 1 on, got {numbers!r:.80}")
     if sum(sizes) != length or len(axes) != len(_AXES) or len(dtypes) != 2:
         raise ValueError(f"expected pages with {length} tokens, {_AXES} and two dtypes")
-    k_dtype, v_dtype = (_dtype(name) for name in dtypes)
+    k_dtype, v_dtype = (dtype_of(name) for name in dtypes)
     batch, kv_heads, k_dim, v_dim = axes
     if (
         math.prod((batch, kv_heads, max(k_dim, v_dim), length)) >= 1 << 50
@@ -459,16 +447,3 @@ def _ids(source: PageSource, entry: tuple[Span, int | None], shape: tuple[int, i
     if checksum(ids) != expected:
         raise CacheDamaged(f"{path}: tokens: the file is damaged")
     return ids
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-def _dtype(name: Any) -> torch.dtype:
-    if not isinstance(name, str) or name not in _DTYPES:
-        raise ValueError(f"dtypes: expected one of {', '.join(_DTYPES)}, got {name!r}")
-    return _DTYPES[name]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

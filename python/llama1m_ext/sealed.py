@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import ops
 from .dense import Kind, Stored, gathered, groups, is_dense, loaded, new_page, page_like, pieces
-from .formats import GROUP, MODEL, KvFormat, Page
-from .page_list import PageList, PageSize, rounded, spare
+from .formats import GROUP, MODEL, KvFormat, Page, rounded
+from .page_list import PageList, PageSize, spare
 
 if TYPE_CHECKING:
     from .offload import Store

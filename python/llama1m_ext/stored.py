@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .formats import GROUP, Compact, Page, Side
+from .formats import GROUP, Compact, Page, Side, rounded
 
 ALIGN = 64
 """Tensors begin at a multiple of so many bytes: a line of the CPU's caches, and the longest vector."""
 # Not accounted for as memory that might be written, however large the file: nobody writes to more than a few of its pages.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+_BLOCK = 16 << 20
 _AT_ONCE = 1 << 30
 """Bytes whose checksums are taken together."""
 
@@ -65,6 +66,32 @@ def checksums(tensors: Iterable[Tensor]) -> list[int]:
 def as_bytes(tensor: Tensor) -> Tensor:
     """A contiguous tensor's memory, uint8 `[nbytes]`."""
     return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def write_bytes(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data` at a place of a file; in blocks, so that Ctrl-C gets through.
+
+    Raises:
+        OSError: the disk is full, or otherwise no good.
+    """
+    while data:
+        n = os.pwrite(fd, data[:_BLOCK], offset)
+        data, offset = data[n:], offset + n
+
+
+def read_bytes(fd: int, into: memoryview, offset: int) -> int:
+    """Reads from a place of a file until `into` is full or the file ends; returns how many bytes there were.
+
+    Raises:
+        OSError: reading failed.
+    """
+    done = 0
+    while done < len(into):
+        n = os.preadv(fd, [into[done:]], offset + done)
+        if n == 0:
+            break
+        done += n
+    return done
 
 
 def page_of(tensors: Mapping[str, Tensor]) -> Page:
@@ -126,17 +153,14 @@ class PageSource:
             OSError: reading failed.
         """
         view = into.numpy().data
-        done = 0
-        while done < len(view):
-            try:
-                n = os.preadv(self.fd, [view[done:]], offset + done)
-            except OSError as e:
-                raise OSError(e.errno, f"{e.strerror} while reading {len(view)} bytes at {offset}", self.name) from e
-            if n == 0:
-                raise CacheDamaged(
-                    f"{self.name}: expected {len(view)} bytes at offset {offset}, found {done}: it was truncated"
-                )
-            done += n
+        try:
+            done = read_bytes(self.fd, view, offset)
+        except OSError as e:
+            raise OSError(e.errno, f"{e.strerror} while reading {len(view)} bytes at {offset}", self.name) from e
+        if done < len(view):
+            raise CacheDamaged(
+                f"{self.name}: expected {len(view)} bytes at offset {offset}, found {done}: it was truncated"
+            )
 
     def view(self, end: int) -> Tensor | None:
         """The file's bytes, at least `end` of them, through a memory map (private: a write to it would stay in this
@@ -178,7 +202,7 @@ class _Record:
         self.verified: tuple[int, int] | None = None  # the file's state when its checksums were right
         self.room: Any = None  # keeps its room in a `PageFile` from being taken by another page
         self.end = max((span.offset + span.nbytes for span in spans.values()), default=0)
-        self.nbytes = sum(-(-span.nbytes // ALIGN) * ALIGN for span in spans.values())
+        self.nbytes = sum(rounded(span.nbytes, ALIGN) for span in spans.values())
         # Compact keys come in whole groups: values know how many tokens there are.
         self.size = spans["v" if "v" in spans else "v.codes"].shape[2]
         of_k, expected = (spans["k"], self.size) if "k" in spans else (spans["k.codes"], -(-self.size // GROUP))
@@ -207,7 +231,7 @@ class _Record:
         for name, span in self.spans.items():
             source.read(span.offset, buffer[at : at + span.nbytes])
             tensors[name] = _typed(buffer, at, span)
-            at += -(-span.nbytes // ALIGN) * ALIGN
+            at += rounded(span.nbytes, ALIGN)
         self._verify(tensors, state)
         return page_of(tensors)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import mmap
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .stored import ALIGN, CacheDamaged, PageSource, Span, as_bytes, checksum
+from .stored import ALIGN, CacheDamaged, PageSource, Span, as_bytes, checksum, read_bytes, write_bytes
 
 CHECKSUMS = "llama1m.xxh3"
 """The metadata's name for the checksums: 16 hexadecimal digits for each tensor, in the order of the file."""
@@ -32,7 +33,6 @@ HEADER = "llama1m.header.xxh3"
 MAX_HEADER = 100_000_000
 """Bytes of a header, at most: as in the safetensors library."""
 _PAD = "llama1m.pad"
-_BLOCK = 16 << 20
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -47,6 +47,8 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+_REAL = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 Entry = tuple[str, torch.dtype, tuple[int, ...], Iterable[Tensor]]
 """Of a tensor that is written: name, dtype, shape, and its elements in order, in contiguous parts of that dtype."""
@@ -92,7 +94,7 @@ def write(path: str | os.PathLike[str], tensors: Iterable[Entry], metadata: Mapp
             raise OSError(errno.ENOSPC, f"it takes {start + end} bytes, and {free} are free", str(path))
         try:
             sums = [_write_tensor(fd, start + at, entry) for at, entry in places]
-            _write_bytes(fd, memoryview(_packed(header, metadata, sums)), 0)
+            write_bytes(fd, memoryview(_packed(header, metadata, sums)), 0)
             os.fsync(fd)
         except OSError as e:
             if e.filename is not None:
@@ -160,7 +162,7 @@ def sweep(folder: str | os.PathLike[str], name: str = "") -> None:
                 with contextlib.suppress(OSError):
                     fd = os.open(entry.path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
                     try:
-                        if _lock(fd):  # nobody writes to it
+                        if lock(fd):  # nobody writes to it
                             os.unlink(entry.path)
                     finally:
                         os.close(fd)
@@ -175,6 +177,51 @@ def rows(tensor: Tensor) -> Iterator[Tensor]:
             yield from rows(row)
     elif tensor.numel():
         yield tensor.detach().contiguous()
+
+
+def described(key: str, body: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata that hold an object of JSON under this name, with a checksum (SHA-256) beside it."""
+    text = json.dumps(body, sort_keys=True)
+    return {key: text, f"{key}.sha256": _sha256(text)}
+
+
+def description(metadata: Mapping[str, str], key: str, path: str) -> dict[str, Any]:
+    """The opposite of `described`.
+
+    Args:
+        path: what messages call the file.
+
+    Raises:
+        CacheDamaged: there is none, or it is not what was written.
+    """
+    text = metadata.get(key)
+    if text is None:
+        raise CacheDamaged(f"{path}: expected metadata {key!r}, found a safetensors file without")
+    if _sha256(text) != metadata.get(f"{key}.sha256"):
+        raise CacheDamaged(f"{path}: the metadata are not what was written: the file is damaged")
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise CacheDamaged(f"{path}: the metadata make no sense: {e!r}") from None
+    if not isinstance(body, dict):
+        raise CacheDamaged(f"{path}: the metadata make no sense: expected an object, got {text!r:.80}")
+    return body
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As metadata call it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: Any) -> torch.dtype:
+    """The opposite of `dtype_name`, for dtypes of keys and values.
+
+    Raises:
+        ValueError: another name.
+    """
+    if not isinstance(name, str) or name not in _REAL:
+        raise ValueError(f"dtypes: expected one of {', '.join(_REAL)}, got {name!r:.80}")
+    return _REAL[name]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -197,6 +244,10 @@ def _packed(header: Mapping[str, Any], metadata: Mapping[str, str], sums: list[i
     packed = struct.pack("<Q", len(text)) + text
     at = _place_of_checksum(packed)
     return packed[:at] + f"{_checksum_of_header(packed, at):016x}".encode() + packed[at + 16 :]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # JSON can say half a character
 
 
 def _place_of_checksum(packed: bytes) -> int:
@@ -228,20 +279,12 @@ def _write_tensor(fd: int, at: int, entry: Entry) -> int:
         data = as_bytes(part)
         if done + data.numel() > nbytes:
             raise ValueError(f"{name}: expected {nbytes} bytes for {dtype} {shape}, the parts have more")
-        _write_bytes(fd, data.numpy().data, at + done)
+        write_bytes(fd, data.numpy().data, at + done)
         done, count = done + data.numel(), count + 1
         value = checksum(data) if done == nbytes and count == 1 else None
     if done != nbytes:
         raise ValueError(f"{name}: expected {nbytes} bytes for {dtype} {shape}, the parts have {done}")
     return _checksum_of_file(fd, at, nbytes) if value is None else value
-
-
-def _write_bytes(fd: int, data: memoryview, at: int) -> None:
-    for a in range(0, len(data), _BLOCK):  # in blocks, so that Ctrl-C gets through
-        block = data[a : a + _BLOCK]
-        done = 0
-        while done < len(block):
-            done += os.pwrite(fd, block[done:], at + a + done)
 
 
 def _checksum_of_file(fd: int, at: int, nbytes: int) -> int:
@@ -257,12 +300,8 @@ def _checksum_of_file(fd: int, at: int, nbytes: int) -> int:
     except (OSError, ValueError, OverflowError):
         pass  # no room in the address space, or a file system without maps
     memory = torch.empty(nbytes, dtype=torch.uint8)
-    view, done = memory.numpy().data, 0
-    while done < nbytes:
-        n = os.preadv(fd, [view[done:]], at + done)
-        if n == 0:
-            raise OSError(errno.EIO, "a file has become shorter while it was written")
-        done += n
+    if read_bytes(fd, memory.numpy().data, at) < nbytes:
+        raise OSError(errno.EIO, "a file has become shorter while it was written")
     return checksum(memory)
 
 
@@ -293,20 +332,22 @@ def _temporary(path: Path) -> tuple[Path, int]:
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-        _lock(fd)  # as long as it is open, nobody sweeps it away
+        lock(fd)  # as long as it is open, nobody sweeps it away
         if os.fstat(fd).st_nlink:
             return temporary, fd
         os.close(fd)  # somebody did, just before
 
 
-def _lock(fd: int) -> bool:
-    """Locks a file for as long as it is open. False where another process has it, or there are no locks."""
+def lock(fd: int) -> bool | None:
+    """Locks a file for as long as it is open. False where another process has it, None where there are no locks."""
     try:
         import fcntl
 
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
+    except BlockingIOError:
         return False
+    except (ImportError, OSError):
+        return None
     return True
 
 
