@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,10 +103,11 @@ class Shelf:
             name, cache = best
             try:
                 # Everything is checked now, before anything depends on it.
-                found = [
-                    [loaded(part) if here else _checked(part) for part in layer.share(most)]
-                    for layer, (_, here) in zip(cache.layers, known, strict=True)
-                ]
+                found: list[Sequence[Page | Stored]] = []
+                for layer, (_, here) in zip(cache.layers, known, strict=True):
+                    parts = layer.share(most)
+                    pages = [loaded(part) for part in parts]
+                    found.append(pages if here else parts)
             except (OSError, ValueError) as e:
                 self._refuse(name, e)
                 return 0
@@ -261,11 +262,6 @@ def _common(a: Tensor, b: Tensor) -> int:
     n = min(len(a), len(b))
     different = a[:n] != b[:n]
     return int(different.to(torch.uint8).argmax()) if bool(different.any()) else n
-
-
-def _checked(part: Page | Stored) -> Page | Stored:
-    part.load() if not isinstance(part, Page) else None
-    return part
 
 
 def _digest(ids: Tensor, kv: KvFormat) -> str:

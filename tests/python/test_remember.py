@@ -15,18 +15,11 @@ import torch
 import llama1m_ext
 from conftest import stock
 from llama1m_ext import testing
+from llama1m_ext.remember import SUFFIX
 
 CHUNK = 128
-SUFFIX = ".prompt.safetensors"
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny layers: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(**changes):
@@ -361,6 +354,7 @@ def test_frequencies_that_depend_on_the_length(tmp_path, kind):
 OTHER = """
 import sys, json, torch, llama1m_ext
 from llama1m_ext import testing
+from llama1m_ext.remember import SUFFIX
 torch.set_num_threads(1)
 model = testing.tiny_model(num_hidden_layers=3)
 llama1m_ext.set_options(model, chunk=128, kv="model", min_layer_major_len=2)
@@ -393,6 +387,7 @@ torch.set_num_threads(1)
 warnings.simplefilter("error")
 import llama1m_ext
 from llama1m_ext import testing
+from llama1m_ext.remember import SUFFIX
 model = testing.tiny_model(num_hidden_layers=2)
 llama1m_ext.set_options(model, chunk=128, kv="model")
 books = [testing.random_ids(1, 400, seed=i) for i in range(6)]
@@ -487,6 +482,7 @@ def test_room_is_made_by_removing_what_was_not_used(model, tmp_path):
 FULL = """
 import resource, sys, warnings, torch, llama1m_ext
 from llama1m_ext import testing
+from llama1m_ext.remember import SUFFIX
 torch.set_num_threads(1)
 model = testing.tiny_model(num_hidden_layers=3)
 llama1m_ext.set_options(model, chunk=128, kv="model")

@@ -31,7 +31,8 @@ from llama1m_ext.bench.harness import (
     sizes,
     spread,
 )
-from llama1m_ext.formats import KvFormat, Page, empty
+from llama1m_ext.dense import new_page
+from llama1m_ext.formats import KvFormat, Page
 
 FORMATS = "model,int8,fp8,int8/int4,int4"
 QUICK_KV_LEN, QUICK_ROUNDS = "2048", 3
@@ -117,12 +118,6 @@ def llama_like(kv_heads: int, kv_len: int, head_dim: int, dtype: torch.dtype, se
     return k, v
 
 
-def page_of(fmt: KvFormat, k: Tensor, v: Tensor) -> Page:
-    """An empty page for k and v `[batch, kv_heads, n, head_dim]`."""
-    shape = (k.shape[0], k.shape[1], k.shape[2], k.shape[3])
-    return Page(empty(fmt.k, "k", shape, k), empty(fmt.v, "v", shape, v))
-
-
 def case(plan: Plan, kv_len: int, threads: int) -> dict[str, Any]:
     """One query at the end of `kv_len` positions, over a page in each format."""
     from llama1m_ext import _core, ops
@@ -139,7 +134,7 @@ def case(plan: Plan, kv_len: int, threads: int) -> dict[str, Any]:
     }
     rows: list[dict[str, Any]] = []
     for fmt in plan.formats:
-        page = page_of(fmt, k, v)
+        page = new_page(fmt, kv_len, k, v)
         ops.kv_append(k, v, page, 0)  # once untimed: the memory is new
         written = statistics.median(
             seconds(partial(ops.kv_append, k, v, page, 0), plan.clock) for _ in range(min(3, plan.rounds))

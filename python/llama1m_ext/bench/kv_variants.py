@@ -36,31 +36,25 @@ class Variant:
 
 def along(axis: int, bits: int, group: int) -> Round:
     """Scale and offset in float16 for each `group` neighbours along an axis: -2 tokens, -1 channels."""
-
-    def rounded(x: Tensor) -> Tensor:
-        parts = []
-        for part in x.split(group, dim=axis):
-            least, most = part.amin(axis, keepdim=True), part.amax(axis, keepdim=True)
-            scale = ((most - least) / (2**bits - 1)).half().float()
-            offset = least.half().float()
-            code = torch.where(scale > 0, (part - offset) / scale, 0).round().clamp(0, 2**bits - 1)
-            parts.append(code * scale + offset)
-        return torch.cat(parts, dim=axis)
-
-    return rounded
+    return _coded(axis, group, 0, 2**bits - 1, torch.round)
 
 
 def e4m3(axis: int, group: int) -> Round:
     """fp8 with a scale and an offset, as `formats` has it."""
+    return _coded(axis, group, -448, 448, lambda code: code.to(torch.float8_e4m3fn).float())
+
+
+def _coded(axis: int, group: int, low: int, high: int, nearest: Callable[[Tensor], Tensor]) -> Round:
+    """Codes from `low` to `high`, each the nearest that there is."""
 
     def rounded(x: Tensor) -> Tensor:
         parts = []
         for part in x.split(group, dim=axis):
             least, most = part.amin(axis, keepdim=True), part.amax(axis, keepdim=True)
-            scale = ((most - least) / 896).half().float()
-            offset = (least + 448 * scale).half().float()
-            code = torch.where(scale > 0, (part - offset) / scale, 0).clamp(-448, 448)
-            parts.append(code.to(torch.float8_e4m3fn).float() * scale + offset)
+            scale = ((most - least) / (high - low)).half().float()
+            offset = (least - low * scale).half().float()
+            code = nearest(torch.where(scale > 0, (part - offset) / scale, 0).clamp(low, high))
+            parts.append(code * scale + offset)
         return torch.cat(parts, dim=axis)
 
     return rounded
