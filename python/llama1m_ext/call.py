@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama import modeling_llama
 
-from . import _compat, offload, plan_call
+from . import _compat, cuda, offload, plan_call
 from .cache import PagedLayer, paged_layers
 from .dense import Scratch
 from .formats import KvFormat
-from .intervals import ALL, Intervals, from_mask
+from .intervals import ALL, Intervals, ends, from_mask, judged, misfit
 from .memory import available_bytes
 from .options import read as read_options
+from .questions import Questions
 from .rope import Rope
 
 MARK = "_llama1m"
@@ -55,6 +56,7 @@ class Call:
         pages: the cache's layers, or None.
         intervals: visible keys of each batch row.
         position_ids: int64 `[batch, q_len]` or `[1, q_len]`.
+        ordinary: whether these are what they are by default; None: not looked at yet.
         rope: the rotation; set when the embeddings are known.
         logits: whether the positions wanted will get logits.
         scratch: memory for the new keys and values of one layer, as long as it is computed.
@@ -62,6 +64,7 @@ class Call:
     """
 
     __slots__ = (
+        "_bounds",
         "batch",
         "cache",
         "intervals",
@@ -69,6 +72,7 @@ class Call:
         "logits",
         "model",
         "options",
+        "ordinary",
         "pages",
         "past_len",
         "position_ids",
@@ -89,6 +93,8 @@ class Call:
         self.scratch = Scratch()
         self.logits = False
         self.intervals: Intervals = ALL
+        self.ordinary: bool | None = None
+        self._bounds: dict[torch.device, Intervals] = {}
         self.options = read_options(model)
         self.position_ids: Tensor = None  # type: ignore[assignment]  # open_call sets it
         self.rope: Rope = None  # type: ignore[assignment]  # begin sets it
@@ -99,8 +105,9 @@ class Call:
         Raises:
             NotServed: a device or dtype that the kernel does not know.
         """
-        if embeds.device.type != "cpu":
-            raise NotServed(f"device {embeds.device.type}")
+        why = cuda.unserved(embeds.device)
+        if why is not None:
+            raise NotServed(why)
         if embeds.dtype not in DTYPES:
             raise NotServed(f"dtype {embeds.dtype}")
         if type(embeds) is not Tensor:
@@ -118,10 +125,20 @@ class Call:
     def is_plain(self) -> bool:
         """Whether nothing is padded, and positions are what they are by default: then keys and values are those of the
         tokens alone."""
-        ids, past = self.position_ids, self.past_len
-        if self.intervals is not ALL or int(ids[0, 0]) != past:
+        if self.intervals is not ALL:
             return False
-        return self.q_len == 1 == len(ids) or bool((ids == torch.arange(past, past + self.q_len)).all())
+        if self.ordinary is None:
+            self.ordinary = bool(_are_ordinary(self.position_ids, self.past_len))
+        return self.ordinary
+
+    def bounds(self, device: torch.device) -> Intervals:
+        """The intervals on a layer's device."""
+        if self.intervals is ALL:
+            return ALL
+        found = self._bounds.get(device)
+        if found is None:
+            found = self._bounds[device] = self.intervals.on(device)
+        return found
 
     def matrix(self, device: torch.device) -> Tensor | None:
         """The mask as a matrix, for a layer that must take the stock path after all."""
@@ -182,8 +199,9 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
     batch, q_len = source.shape[:2]
     if not batch or not q_len:
         return "an empty input"
-    if source.device.type != "cpu":
-        return f"device {source.device.type}"
+    why = cuda.unserved(source.device)
+    if why is not None:
+        return why
     call = Call(model, batch, q_len)
     if _compat.EXPLICIT in config.__dict__ and not call.options.replace_sdpa:
         return "attn_implementation='sdpa' was asked for by name"
@@ -202,7 +220,7 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
             return pages
         call.cache, call.pages, call.past_len = cache, pages, pages[0].length
         call.snapshots = [page.snapshot() for page in pages]
-    return _positions(call, given) or _mask(call, given.get("attention_mask")) or call
+    return _positions_and_mask(call, given, source.device) or call
 
 
 def _arguments(model: Any, given: Mapping[str, Any]) -> str | None:
@@ -281,40 +299,81 @@ def is_ours(module: Any) -> bool:
     return False
 
 
-def _positions(call: Call, given: Mapping[str, Any]) -> str | None:
-    past, n = call.past_len, call.q_len
-    places = given.get("cache_position")  # transformers 4
-    if places is not None:
-        # The causal mask goes by these: they must be what they are by default.
-        if places.shape != (n,) or int(places[0]) != past:
-            return "cache_position is not the cache's length"
-        if n > 1 and not torch.equal(places, torch.arange(past, past + n, dtype=places.dtype)):
-            return "cache_position is not the cache's length"
-    ids = given.get("position_ids")
-    if ids is None:
-        call.position_ids = torch.arange(past, past + n).unsqueeze(0)
-        return None
-    if ids.dim() != 2 or ids.shape[1] != n or ids.shape[0] not in (1, call.batch):
-        return f"position_ids of shape {tuple(ids.shape)}"
-    if ids.is_floating_point() or ids.dtype == torch.bool or ids.device.type != "cpu":
-        return f"position_ids of dtype {ids.dtype} on {ids.device.type}"
-    ids = ids.long()
-    if int(ids.min()) < 0:
-        return "position_ids are negative"
-    # Where transformers looks for packed sequences: a jump in the positions begins another one.
-    packable = call.cache is None and given.get("attention_mask") is None and n > 1
-    if packable and bool((ids.diff(dim=-1) != 1).any()):
-        return "position_ids are packed sequences"
-    call.position_ids = ids
-    return None
-
-
-def _mask(call: Call, mask: Any) -> str | None:
-    found = from_mask(mask, call.batch, call.past_len + call.q_len)
+def _positions_and_mask(call: Call, given: Mapping[str, Any], device: torch.device) -> str | None:
+    """Reads positions and mask, or says why they are none of ours. On a GPU all that is asked of them is asked at once."""
+    questions = Questions()
+    reasons = _positions(call, given, device, questions)
+    if isinstance(reasons, str):
+        return reasons
+    mask, kv_len = given.get("attention_mask"), call.past_len + call.q_len
+    if mask is not None and cuda.waits(device):
+        wrong = misfit(mask, call.batch, kv_len)
+        if wrong is not None:
+            return wrong
+        start, end, facts = ends(mask)
+        questions.ask(facts)
+    answers = questions.answers()
+    for is_so, reason in zip(answers, reasons, strict=False):  # what is left of the answers is the mask's
+        if reason is None:
+            call.ordinary = is_so
+        elif is_so:
+            return reason
+    if mask is None or not cuda.waits(device):
+        found = from_mask(mask, call.batch, kv_len)
+    else:
+        found = judged(start, end, answers[len(reasons) :])
     if isinstance(found, str):
         return found
     call.intervals = found
     return None
+
+
+def _positions(
+    call: Call, given: Mapping[str, Any], device: torch.device, questions: Questions
+) -> str | list[str | None]:
+    """Sets the call's positions, and asks what must not be so of them.
+
+    Returns:
+        A reason for each question; None: the question is whether they are ordinary. Or one reason that shows at once.
+    """
+    past, n = call.past_len, call.q_len
+    reasons: list[str | None] = []
+    places = given.get("cache_position")  # transformers 4
+    if places is not None:
+        # The causal mask goes by these: they must be what they are by default.
+        if places.shape != (n,):
+            return "cache_position is not the cache's length"
+        questions.ask(~_are_ordinary(places, past))
+        reasons.append("cache_position is not the cache's length")
+    ids = given.get("position_ids")
+    if ids is None:
+        call.position_ids = torch.arange(past, past + n, device=device).unsqueeze(0)
+        call.ordinary = True
+        return reasons
+    if ids.dim() != 2 or ids.shape[1] != n or ids.shape[0] not in (1, call.batch):
+        return f"position_ids of shape {tuple(ids.shape)}"
+    if ids.is_floating_point() or ids.dtype == torch.bool or cuda.unserved(ids.device) is not None:
+        return f"position_ids of dtype {ids.dtype} on {ids.device.type}"
+    ids = ids.to(device, torch.long)
+    questions.ask((ids < 0).any())
+    reasons.append("position_ids are negative")
+    # Where transformers looks for packed sequences: a jump in the positions begins another one.
+    if call.cache is None and given.get("attention_mask") is None and n > 1:
+        questions.ask((ids.diff(dim=-1) != 1).any())
+        reasons.append("position_ids are packed sequences")
+    if cuda.waits(device):
+        questions.ask(_are_ordinary(ids, past))
+        reasons.append(None)
+    call.position_ids = ids
+    return reasons
+
+
+def _are_ordinary(ids: Tensor, past: int) -> Tensor:
+    """Whether positions `[..., n]` are those that follow `past` tokens, a bool on their device."""
+    n = ids.shape[-1]
+    if n == 1:
+        return (ids == past).all()  # every decoded token
+    return (ids == torch.arange(past, past + n, device=ids.device)).all()
 
 
 def check_matrix_fits(reason: str, given: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .formats import Compact, Side
+from .formats import Side
 
 Pages = Side | Sequence[Side]
 ALIGN = 256
@@ -99,6 +99,16 @@ def _fits(arch: str, major: int, minor: int) -> bool:
     if arch.endswith("a"):
         return number == f"{major}{minor}"
     return int(number[:-1]) == major and int(number[-1]) <= minor
+
+
+def unserved(device: torch.device) -> str | None:
+    """Why tensors on this device are none of ours, in words; None: they are served."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"device {device.type}"
+    why = missing(device)
+    return None if why is None else f"device {device}: {why}"
 
 
 def check(device: torch.device) -> None:

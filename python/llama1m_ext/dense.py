@@ -52,7 +52,7 @@ class Kind(NamedTuple):
     def can_be_compact(self) -> bool:
         """Whether `ops.kv_append` takes such keys and values."""
         same = self.k_dim == self.v_dim and self.k_dtype == self.v_dtype
-        return same and 8 <= self.k_dim <= 256 and self.k_dtype in _DTYPES and self.device.type == "cpu"
+        return same and 8 <= self.k_dim <= 256 and self.k_dtype in _DTYPES and self.device.type in ("cpu", "cuda")
 
 
 def new_page(kv: KvFormat, size: int, k: Tensor, v: Tensor) -> Page:
@@ -83,9 +83,19 @@ def is_dense(page: Page | Stored) -> TypeGuard[DensePage]:
     return isinstance(page, Page) and isinstance(page.k, Tensor) and isinstance(page.v, Tensor)
 
 
-def loaded(page: Page | Stored) -> Page:
-    """The page in memory."""
-    return page if isinstance(page, Page) else page.load()
+def loaded(page: Page | Stored, device: torch.device | None = None) -> Page:
+    """The page in memory, on a device; None: where its memory is."""
+    page = page if isinstance(page, Page) else page.load()
+    return page if device is None else page_to(page, device)
+
+
+def page_to(page: Page, device: torch.device) -> Page:
+    """The page on a device; itself where it is there."""
+
+    def moved(side: Side) -> Side:
+        return Compact(*(t.to(device) for t in side)) if isinstance(side, Compact) else side.to(device)
+
+    return page if all(t.device == device for t in page.tensors().values()) else Page(moved(page.k), moved(page.v))
 
 
 def part_of(page: Page | Stored, start: int, end: int) -> Page | Stored:

@@ -147,19 +147,24 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _memory(tensor: Tensor) -> Tensor:
+    return _bytes_of(tensor).cpu()
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Its elements in order, uint8 `[nbytes]`, where they are."""
     tensor = tensor.detach()
     if type(tensor) is not Tensor:
         tensor = tensor.as_subclass(Tensor)
-    return as_bytes(tensor.cpu().contiguous())
+    return as_bytes(tensor.contiguous())
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """The bytes that are looked at each time."""
-    memory = _memory(tensor)
+    """The bytes that are looked at each time. From a GPU only these come."""
+    memory = _bytes_of(tensor)
     if memory.numel() > _RUNS * _RUN:
         last = memory.numel() - _RUN
         memory = torch.cat([memory[a : a + _RUN] for a in (last * i // (_RUNS - 1) for i in range(_RUNS))])
-    return memory
+    return memory.cpu()
 
 
 def _rope(model: Any) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def _rope(model: Any) -> dict[str, Any]:
     found["rope_type"] = str(getattr(rotary, "rope_type", "?"))
     if _depends_on_length(found):
         found["max_position_embeddings"] = getattr(rotary.config, "max_position_embeddings", None)
-    now = frequencies(rotary, torch.zeros((1, 1), dtype=torch.long))
+    now = frequencies(rotary, torch.zeros((1, 1), dtype=torch.long, device=rotary.inv_freq.device))
     inv_freq, scaling = (rotary.inv_freq, 0.0) if now is None else now
     found["module"] = type(rotary).__qualname__
     return {**found, "inv_freq": inv_freq.detach().cpu().tolist(), "attention_scaling": float(scaling)}

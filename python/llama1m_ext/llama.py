@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import offload, ops
+from . import cuda, offload, ops
 from .cache import PagedLayer
 from .call import DTYPES, MARK, Call
+from .formats import Page
 from .stats import count
 from .workspace import Workspace
 
@@ -79,11 +80,12 @@ def attend(
         rotated = store(layer, q, k, v, call, at, None if space is None else q)
     assert rotated is not None
     rotated = rotated.to(v.dtype)  # tables of somebody else's may be wider
+    bounds = call.bounds(x.device)
     where: dict[str, Any] = {
         "softmax_scale": attn.scaling,
         "q_start": call.past_len + at,
-        "kv_start": call.intervals.start,
-        "kv_end": call.intervals.end,
+        "kv_start": bounds.start,
+        "kv_end": bounds.end,
     }
     if layer is None:
         out = ops.attention(rotated, k.to(v.dtype), v, **where)
@@ -107,13 +109,21 @@ def store(
         k, v: `[batch, kv_heads, n, head_dim]`, tokens `at` to `at + n` of the call.
         q_out: where the rotated q may go; may be q itself.
     """
-    slots = layer.slots(k, v)
-    if len(slots) == 1:
+    slots, rope = layer.slots(k, v), call.rope
+    if len(slots) == 1 and cuda.serves(k) and rope.inv_freq is not None:
+        positions = rope.part(at, k.shape[2], k.device)
+        if q is not None:
+            q, _ = ops.rope_apply(q, None, positions, rope.inv_freq, attention_scaling=rope.scaling, q_out=q_out)
+        ops.kv_append(
+            k, v, Page(*slots[0]), 0, positions=positions, inv_freq=rope.inv_freq, attention_scaling=rope.scaling
+        )
+        layer.commit(k.shape[2])
+    elif len(slots) == 1:
         k_slot, v_slot = slots[0]
-        q, _ = call.rope.apply(q, k, k_out=k_slot, at=at, q_out=q_out)
+        q, _ = rope.apply(q, k, k_out=k_slot, at=at, q_out=q_out)
         v_slot.copy_(v)
         layer.commit(k.shape[2])
     else:
-        q, k = call.rope.apply(q, k, at=at, q_out=q_out)
+        q, k = rope.apply(q, k, at=at, q_out=q_out)
         layer.append(k, v)
     return q

@@ -32,13 +32,14 @@ class Rope:
         head_dim: of q and k.
     """
 
-    __slots__ = ("_tables", "inv_freq", "like", "positions", "rotary", "scaling")
+    __slots__ = ("_elsewhere", "_tables", "inv_freq", "like", "positions", "rotary", "scaling")
 
     def __init__(self, rotary: Any, like: Tensor, position_ids: Tensor, head_dim: int) -> None:
         self.rotary, self.like, self.positions = rotary, like, position_ids
         self.inv_freq: Tensor | None = None
         self.scaling = 1.0
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._elsewhere: dict[torch.device, Tensor] = {}
         found = frequencies(rotary, position_ids)
         if found is not None and 2 * found[0].numel() == head_dim:
             self.inv_freq, self.scaling = found
@@ -70,14 +71,12 @@ class Rope:
         """
         n = k.shape[2]
         if self.inv_freq is None:
-            cos, sin = self.tables
+            cos, sin = (table.to(k.device) for table in self.tables)
             if n != cos.shape[1]:
                 cos, sin = cos[:, at : at + n], sin[:, at : at + n]
             q, k = modeling_llama.apply_rotary_pos_emb(k if q is None else q, k, cos, sin)
             return q, k if k_out is None else k_out.copy_(k)
-        positions = self.positions
-        if n != positions.shape[1]:
-            positions = positions[:, at : at + n]
+        positions = self.part(at, n, k.device)
         if q is None:
             rotated, _ = ops.rope_apply(k, None, positions, self.inv_freq, attention_scaling=self.scaling, q_out=k_out)
             return None, rotated
@@ -87,9 +86,19 @@ class Rope:
         assert rotated_k is not None
         return q, rotated_k
 
+    def part(self, at: int, n: int, device: torch.device) -> Tensor:
+        """Positions of tokens `at` to `at + n` of the call, on a layer's device."""
+        positions = self.positions
+        if positions.device != device:  # layers on several GPUs
+            found = self._elsewhere.get(device)
+            if found is None:
+                found = self._elsewhere[device] = positions.to(device, non_blocking=True)
+            positions = found
+        return positions if n == positions.shape[1] else positions[:, at : at + n]
+
 
 def frequencies(rotary: Any, position_ids: Tensor) -> tuple[Tensor, float] | None:
-    """inv_freq, float64 `[rotary_dim / 2]`, and the factor of cos and sin, for these positions.
+    """inv_freq, float64 `[rotary_dim / 2]` on the CPU, and the factor of cos and sin, for these positions.
 
     None where the module is not transformers' own, or somebody replaced the function that applies it: then the tables
     that they make are used.
@@ -111,7 +120,7 @@ def frequencies(rotary: Any, position_ids: Tensor) -> tuple[Tensor, float] | Non
         _STOCK_FORWARD(rotary, torch.empty(0, device=position_ids.device), last)
         length = int(last) + 1
     buffer = rotary.inv_freq
-    if buffer.device.type != "cpu":
+    if buffer.device.type == "meta":
         return None
     scaling = float(rotary.attention_scaling)
     version = None if buffer.is_inference() else buffer._version
@@ -136,12 +145,13 @@ def _uncast(rotary: Any, buffer: Tensor, length: int | None) -> Tensor:
     elif rotary.rope_type == "longrope" and length is not None:
         limit = _compat.original_max_len(rotary)
         seq_len = limit + 1 if length > limit else None
-    fresh = _compat.default_rope(rotary, seq_len)[0].to(torch.float32)
+    fresh = _compat.default_rope(rotary, seq_len)[0].to("cpu", torch.float32)
+    buffer = buffer.detach().cpu()
     if fresh.shape != buffer.shape:
         return buffer.float()
     if buffer.dtype in (torch.bfloat16, torch.float16):
         return fresh
-    buffer = buffer.detach().float()
+    buffer = buffer.float()
     for narrow in (torch.bfloat16, torch.float16):
         if not torch.equal(buffer, fresh) and torch.equal(buffer, fresh.to(narrow).float()):
             return fresh

@@ -18,6 +18,8 @@ _SILU = (nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU))
 _LARGE = 1 << 20
 NORM_ROWS = 256
 """Tokens that a norm sees at a time, about: it makes four copies in float32."""
+GPU_NORM_ROWS = 4096
+"""Likewise on a GPU, which is slow where work comes in small pieces."""
 
 
 class Workspace:
@@ -58,7 +60,8 @@ class Workspace:
     def norm(self, name: str, module: Any, hidden: Tensor) -> Tensor:
         """`module(hidden)`, a few tokens at a time; hidden `[batch, n, hidden]`."""
         n = hidden.shape[1]
-        parts = max(1, round(hidden.shape[0] * n / NORM_ROWS))
+        rows = NORM_ROWS if hidden.device.type == "cpu" else GPU_NORM_ROWS
+        parts = max(1, round(hidden.shape[0] * n / rows))
         size = -(-n // parts)
         if torch.is_grad_enabled() or size >= n:
             return module(hidden)
@@ -110,5 +113,5 @@ def is_plain(module: Any, x: Tensor) -> bool:
         and weight.dtype == x.dtype
         and weight.device == x.device
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(x.device.type)
     )
