@@ -17,6 +17,7 @@ from .formats import KvFormat
 from .intervals import ALL, Intervals, ends, from_mask, judged, misfit
 from .memory import available_bytes
 from .options import read as read_options
+from .placement import spread
 from .questions import Questions
 from .rope import Rope
 
@@ -65,6 +66,7 @@ class Call:
 
     __slots__ = (
         "_bounds",
+        "_devices",
         "batch",
         "cache",
         "intervals",
@@ -95,6 +97,7 @@ class Call:
         self.intervals: Intervals = ALL
         self.ordinary: bool | None = None
         self._bounds: dict[torch.device, Intervals] = {}
+        self._devices: dict[torch.device, int] = {}
         self.options = read_options(model)
         self.position_ids: Tensor = None  # type: ignore[assignment]  # open_call sets it
         self.rope: Rope = None  # type: ignore[assignment]  # begin sets it
@@ -130,6 +133,13 @@ class Call:
         if self.ordinary is None:
             self.ordinary = bool(_are_ordinary(self.position_ids, self.past_len))
         return self.ordinary
+
+    @property
+    def devices(self) -> dict[torch.device, int]:
+        """Which devices layers are on, and how many on each."""
+        if not self._devices:
+            self._devices = spread(self.layers, self.position_ids.device)
+        return self._devices
 
     def bounds(self, device: torch.device) -> Intervals:
         """The intervals on a layer's device."""

@@ -9,12 +9,30 @@ from typing import Any
 CHUNK_BYTES = 512 << 20
 """Activations of one chunk, at most. More makes nothing faster: the matrices are large enough long before."""
 MIN_CHUNK, MAX_CHUNK = 128, 8192
+GPU_CHUNK_BYTES, GPU_MAX_CHUNK = 2 << 30, 16384
+"""Likewise on a GPU: its work comes in few large pieces, so that it never waits for the next one."""
 
 
 def available_bytes() -> int | None:
     """Memory that can be had without swapping, or None where the system does not say."""
     found = [_of_system(), *map(_of_cgroup, _CGROUPS), *_of_limits()]
     return min((n for n in found if n is not None), default=None)
+
+
+def free_bytes(device: Any = None) -> int | None:
+    """Memory that can be had on a device, a `torch.device`; None: on the CPU."""
+    return available_bytes() if device is None or device.type != "cuda" else _of_gpu(device)
+
+
+def _of_gpu(device: Any) -> int:
+    """What is free, and what torch keeps there without using it, within the share of it that this process may take."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    found = free + torch.cuda.memory_reserved(device) - used
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # since torch 2.7
+    return found if share is None else max(0, min(found, int(share(device) * total) - used))
 
 
 def address_space() -> int | None:
@@ -72,15 +90,16 @@ def _of_limits() -> list[int]:
         return []  # not Linux
 
 
-def chunk_len(config: Any, batch: int, element_size: int, available: int | None = None) -> int:
-    """Queries of a chunk, so that one chunk's activations stay within `CHUNK_BYTES` and a sixteenth of what is available
-    (default: of what is free)."""
+def chunk_len(config: Any, batch: int, element_size: int, available: int | None = None, gpu: bool = False) -> int:
+    """Queries of a chunk, so that one chunk's activations stay within `CHUNK_BYTES` (on a GPU `GPU_CHUNK_BYTES`) and a
+    sixteenth of what is available (default: of what is free on the CPU)."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     # As `plan_bytes.activation_bytes`: normed states, q or gate, k or up, v, attention's output.
     wide = max(q, config.intermediate_size) + max(kv, config.intermediate_size)
     per_token = batch * element_size * (config.hidden_size + wide + kv + q)
-    available = available_bytes() if available is None else available
-    budget = CHUNK_BYTES if available is None else min(CHUNK_BYTES, available // 16)
+    most, longest = (GPU_CHUNK_BYTES, GPU_MAX_CHUNK) if gpu else (CHUNK_BYTES, MAX_CHUNK)
+    available = available_bytes() if available is None and not gpu else available
+    budget = most if available is None else min(most, available // 16)
     fits = max(1, budget // per_token)
-    return max(MIN_CHUNK, min(MAX_CHUNK, 1 << (fits.bit_length() - 1)))
+    return max(MIN_CHUNK, min(longest, 1 << (fits.bit_length() - 1)))

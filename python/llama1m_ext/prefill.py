@@ -1,7 +1,8 @@
 """Layer-major prefill: one layer runs over the whole prompt before the next begins.
 
 Beside weights and KV pages, the hidden states (one buffer, updated in place) and one chunk's activations are all that
-lives. Norms, projections, rotation, attention and MLP all run chunk by chunk.
+lives. Norms, projections, rotation, attention and MLP all run chunk by chunk. Where layers are on several GPUs, the hidden
+states go from one to the next together.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from . import _compat, llama, plan_call
 from .cache import PagedLayer
 from .call import Call, NotServed, own_forward
 from .checkpoint import Checkpoint
-from .memory import chunk_len
-from .progress import Progress
+from .placement import chunk_len, device_of, only_moves
+from .progress import Pace, Progress
 from .workspace import Workspace
 
 _STOCK_LAYER_FORWARD = modeling_llama.LlamaDecoderLayer.forward
@@ -70,6 +71,7 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
         Checkpoint(call, ids, embeds, chunk) as checkpoint,
         Progress(call.options.progress, call.batch * n, total) as progress,
     ):
+        pace = Pace(progress)
         done = checkpoint.resume(hidden)
         if done:
             chunk = checkpoint.chunk  # other ones would give other last bits
@@ -82,6 +84,7 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
                 hidden[:, a:b] = model.embed_tokens(ids[:, a:b])  # type: ignore[index]  # one of the two is given
         del first
         for i, layer in enumerate(call.layers[done:], done):
+            hidden = hidden.to(device_of(layer, hidden.device))
             if call.pages is None:
                 page = scratch
                 page.length = 0  # the same memory again
@@ -94,15 +97,16 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
             for a, b in _chunks(0, silent, chunk):
                 # Nobody will look at these positions of the last layer: their keys and values are all that matters.
                 _keys_only(layer, hidden[:, a:b], call, page, a, space)
-                progress.step(cost.keys(b - a))
+                pace.step(cost.keys(b - a), hidden.device)
             for a, b in _chunks(silent, n, chunk):
                 _layer(layer, hidden[:, a:b], call, page, a, space)
-                progress.step(cost.chunk(a, b))
+                pace.step(cost.chunk(a, b), hidden.device)
             page.seal()
             checkpoint.layer_done(i, hidden)
+        pace.finish()
         if keep < n:
             return model.norm(hidden[:, n - keep :])
-        out = hidden
+        out = hidden = hidden.to(device_of(model.norm, hidden.device))
         for a, b in _chunks(0, n, chunk):
             normed = model.norm(hidden[:, a:b])
             if normed.dtype != out.dtype:
@@ -147,7 +151,7 @@ def _chunk(call: Call, embeds: Tensor | None) -> int:
     if call.options.chunk != "auto":
         return call.options.chunk
     dtype = call.model.dtype if embeds is None else embeds.dtype
-    return chunk_len(call.model.config, call.batch, dtype.itemsize)
+    return chunk_len(call.model.config, call.batch, dtype.itemsize, call.devices)
 
 
 def watched(call: Call) -> bool:
@@ -155,10 +159,10 @@ def watched(call: Call) -> bool:
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
     for layer in call.layers:
-        # A hook of accelerate's around a whole layer would load its weights once; ours would call past it.
-        if type(layer).forward is not _STOCK_LAYER_FORWARD or own_forward(layer) is not None:
+        # A hook of accelerate's around a whole layer may load its weights once; ours would call past it.
+        if type(layer).forward is not _STOCK_LAYER_FORWARD or not _is_open(layer) or not _is_open(layer.self_attn):
             return True
-        if own_forward(layer.self_attn) is not None or type(layer.mlp) is not modeling_llama.LlamaMLP:
+        if type(layer.mlp) is not modeling_llama.LlamaMLP:
             return True
     for top in (call.model.embed_tokens, call.model.norm, *call.layers):
         for module in top.modules():
@@ -169,6 +173,11 @@ def watched(call: Call) -> bool:
             if "_hf_hook" not in module.__dict__ and own_forward(module) is not None:
                 return True
     return False
+
+
+def _is_open(module: Any) -> bool:
+    """Whether nothing is lost where a module's parts are called past its own forward."""
+    return own_forward(module) is None or only_moves(module)
 
 
 class Cost:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from types import TracebackType
 from typing import Any, Literal
+
+import torch
 
 AUTO_TOKENS = 16_384
 """In "auto", prompts from this length on get a bar: shorter ones are done in seconds."""
@@ -68,3 +71,38 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+class Pace:
+    """Tells a bar what has been computed. A GPU is given work much faster than it does it: so the host waits, one chunk
+    behind. Then the bar shows what is done, Ctrl-C comes between chunks, and the GPU always has a chunk to do.
+
+    Args:
+        progress: the bar.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._given: deque[tuple[torch.cuda.Event, float]] = deque()
+
+    def step(self, work: float, device: torch.device) -> None:
+        """So much was given to a device."""
+        if device.type != "cuda":
+            self.progress.step(work)
+            return
+        event = torch.cuda.Event(blocking=True)  # the host sleeps as long as it waits
+        event.record(torch.cuda.current_stream(device))
+        self._given.append((event, work))
+        while len(self._given) > 1:
+            self._wait()
+
+    def finish(self) -> None:
+        """Waits for the rest of it."""
+        while self._given:
+            self._wait()
+
+    def _wait(self) -> None:
+        event, work = self._given[0]
+        event.synchronize()
+        self._given.popleft()
+        self.progress.step(work)
