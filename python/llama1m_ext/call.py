@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .formats import KvFormat
 from .intervals import ALL, Intervals, ends, from_mask, judged, misfit
 from .memory import available_bytes
 from .options import read as read_options
-from .placement import spread
+from .placement import device_of, spread
 from .questions import Questions
 from .rope import Rope
 
@@ -173,18 +173,36 @@ def decide_format(call: Call) -> None:
         found = next((layer.format for layer in layers if layer.decided), None) or KvFormat.parse(storage.kv)
         for layer in undecided:
             layer.decide(found)
-    if storage is not None and storage.offload == "disk" and any(layer.store is None for layer in layers):
-        store = next((layer.store for layer in layers if layer.store is not None), None)
-        if store is None:
-            assert storage.kv_memory is not None
-            store = offload.Store(storage.kv_memory, call.options.offload_dir, len(layers))
-        for layer in layers:
-            if layer.store is None:
-                layer.keep_in(store)
+    if storage is not None and storage.offload == "disk":
+        assert storage.kv_memory is not None
+        _keep_in(layers, lambda budget=storage.kv_memory: offload.Store(budget, call.options.offload_dir, len(layers)))
+    elif storage is not None and storage.offload == "host":
+        for device, count in call.devices.items():  # on the CPU that is where they are
+            if device.type == "cuda":
+                share = (storage.kv_memory or 0) * count // len(layers)
+                mine = [
+                    page for page, layer in zip(layers, call.layers, strict=True) if device_of(layer, device) == device
+                ]
+                _keep_in(mine, lambda share=share, count=count: _host_store(share, count))
     if call.q_len > 1 and layers and layers[0].store is not None:
         heads, head_dim = call.model.config.num_key_value_heads, call.layers[0].self_attn.head_dim
         token = call.batch * layers[0].format.token_bytes(heads, head_dim, call.model.dtype.itemsize)
         layers[0].store.check_room(token, call.past_len + call.q_len)
+
+
+def _host_store(budget: int, layers: int) -> offload.Store:
+    from .pinned import HostStore
+
+    return HostStore(budget, layers)
+
+
+def _keep_in(layers: Sequence[PagedLayer], make: Callable[[], offload.Store]) -> None:
+    """Gives a store to the layers that have none: that of the others, or a new one."""
+    waiting = [layer for layer in layers if layer.store is None]
+    if waiting:
+        store = next((layer.store for layer in layers if layer.store is not None), None) or make()
+        for layer in waiting:
+            layer.keep_in(store)
 
 
 def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class Store:
         page_bytes: of a page, at most.
         share: bytes of pages in memory, of each layer; its last page, which is still written to, counts too.
     """
+
+    where: Literal["host", "disk"] = "disk"
 
     def __init__(self, budget: int, folder: str | None = None, layers: int = 1) -> None:
         self.budget, self.folder, self.layers = budget, folder, layers

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .plan_bytes import Parts, Peak, Work
-    from .plan_choice import Choice
     from .plan_shape import Shape
     from .plan_speed import Speed
 
@@ -134,7 +133,8 @@ def plan(
         new_tokens: to be generated afterwards.
         dtype: of weights and cache; None: the model's.
         kv, offload, kv_memory, chunk: as in `Options`.
-        gpu: bytes of one GPU's memory, as an int or "80GiB". This version runs on the CPU: then the plan is arithmetic.
+        gpu: bytes of one GPU's memory, as an int or "80GiB": a plan for another machine, by arithmetic. None: what is free
+            on the model's GPUs, where it is on any.
         host: bytes of main memory, likewise; None: what is free now.
         threads: of the kernels; None: as torch has it.
         measure: measure this machine for half a second, to estimate times.
@@ -169,16 +169,20 @@ def plan(
     memory = [Memory("host", here, host is not None)]
     if gpu is not None:
         memory.insert(0, Memory("gpu", parse_bytes("gpu", gpu), True))
-    limit = memory[0].bytes
+    elif host is None and loaded:
+        found = _free_on_gpus(model_or_config)
+        if found is not None:
+            memory.insert(0, Memory("gpu", found, False))
+    limit, on_gpu = memory[0].bytes, memory[0].where == "gpu"
     # What is free now has no room for weights that are loaded already, and needs none.
-    used = shape.weight_bytes if loaded and gpu is None and host is None else 0
-    work = plan_bytes.Work(tokens, new=new_tokens, batch=batch, threads=threads)
-    work = dataclasses.replace(work, chunk=_chunk(shape, batch, limit) if chunk == "auto" else int(chunk))
+    used = shape.weight_bytes if loaded and not memory[0].given else 0
+    work = plan_bytes.Work(tokens, new=new_tokens, batch=batch, threads=threads, gpu=on_gpu)
+    work = dataclasses.replace(work, chunk=_chunk(shape, batch, limit, on_gpu) if chunk == "auto" else int(chunk))
     pages = None if kv_memory == "auto" else parse_bytes("kv_memory", kv_memory)
-    if gpu is None:
+    if not on_gpu:
         choice = plan_choice.choose(shape, work, limit, kv, offload, pages, used)
     else:
-        choice = _on_gpu(shape, work, limit, here, kv, offload, pages)
+        choice = plan_choice.choose_on_gpu(shape, work, limit, here, kv, offload, pages, used)
     storage = choice.storage
     formats = []
     for each in plan_bytes.SIDE_BY_SIDE:
@@ -187,10 +191,10 @@ def plan(
         all_of_it = plan_bytes.kv_bytes(shape, each, tokens + new_tokens, batch)
         fits = None if limit is None else worst.bytes - used <= limit
         formats.append(Format(each, size, all_of_it, worst.bytes, fits))
-    counted = plan_bytes.Storage(storage.kv, "disk" if storage.kv_memory is not None else None, storage.kv_memory)
+    counted = storage if storage.kv_memory is not None else plan_bytes.Storage(storage.kv)
     moments = plan_bytes.peaks(shape, work, counted)
     speed = None
-    if measure and gpu is None:
+    if measure and not on_gpu:
         in_all = plan_bytes.kv_bytes(shape, storage.kv, tokens + new_tokens, batch)
         speed = plan_speed.estimate(shape, plan_speed.measure(shape, threads), tokens, batch, in_all)
     return Plan(
@@ -210,7 +214,16 @@ def plan(
     )
 
 
-def _chunk(shape: Shape, batch: int, limit: int | None) -> int:
+def _free_on_gpus(model: Any) -> int | None:
+    """What is free on all GPUs that a model is on, together; None: it is on none."""
+    from .memory import free_bytes
+
+    root = model if hasattr(model, "parameters") else getattr(model, "model", None)
+    gpus = {p.device for p in root.parameters() if p.device.type == "cuda"} if hasattr(root, "parameters") else set()
+    return sum(free_bytes(device) or 0 for device in gpus) if gpus else None
+
+
+def _chunk(shape: Shape, batch: int, limit: int | None, gpu: bool) -> int:
     from .memory import chunk_len
 
     config = SimpleNamespace(
@@ -220,28 +233,7 @@ def _chunk(shape: Shape, batch: int, limit: int | None) -> int:
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
     )
-    return chunk_len(config, batch, shape.size, limit)
-
-
-def _on_gpu(
-    shape: Shape, work: Work, gpu: int | None, host: int | None, kv: str, offload: str | None, pages: int | None
-) -> Choice:
-    """As `plan_choice.choose`, for a card with a host behind it."""
-    from .plan_bytes import LADDER, Storage, kv_bytes, peak
-    from .plan_choice import MARGIN, Choice, choose, gib
-
-    assert gpu is not None
-    if offload != "disk":
-        found = choose(shape, work, gpu, kv, None, pages)
-        if found.fits or offload is None:
-            return found
-        for name in LADDER if kv == "auto" else (kv,):
-            storage = Storage(name, "disk", 0)
-            worst, behind = peak(shape, work, storage), kv_bytes(shape, name, work.tokens + work.new, work.batch)
-            if worst.bytes * MARGIN <= gpu and (host is None or behind <= host):
-                why = f"no format fits on the GPU: pages live on the host, {gib(behind)} of them as {name}"
-                return Choice(Storage(name, "host", 0), worst, True, why)
-    return choose(shape, work, gpu, kv, "disk" if offload == "auto" else offload, pages)
+    return chunk_len(config, batch, shape.size, limit, gpu)
 
 
 def _lines(p: Plan) -> list[str]:
@@ -254,7 +246,11 @@ def _lines(p: Plan) -> list[str]:
         "",
     ]
     alive = p.peak.parts
-    for name, label in _NAMES.items():
+    names = dict(_NAMES)
+    if p.work.gpu:
+        names["room"] = "room in its pages"
+        names["file"] = f"KV cache on the {p.offload or 'host'}"
+    for name, label in names.items():
         n = getattr(p.parts, name)
         if not n and name not in alive:
             continue
@@ -294,7 +290,7 @@ def _place(m: Memory) -> str:
     name = "GPU memory" if m.where == "gpu" else "main memory"
     known = "unknown" if m.bytes is None else gib(m.bytes)
     how = "as given" if m.given else "free now"
-    more = "; this version computes on the CPU: for a GPU the plan is arithmetic" if m.where == "gpu" else ""
+    more = ": by arithmetic" if m.where == "gpu" and m.given else ""
     return f"{name}: {known} {how}{more}"
 
 

@@ -22,6 +22,12 @@ MATMUL = 1 << 20
 """What the matrix library keeps for its own copies, for each thread."""
 NORM_ROWS = 256
 """Tokens that a norm sees at a time (`workspace`)."""
+GPU_NORM_ROWS = 4096
+GPU_MATMUL = 64 << 20
+"""What the matrix library keeps for itself on a GPU, and what torch's allocator can't use of what it has."""
+GPU_SEGMENT = 65536
+"""Keys whose outputs the kernels on a GPU sum before they are merged in float32; compact keys are made dense so many at
+a time where a chunk of a prompt sees them (csrc/params.h)."""
 PARTIALS = 3
 """Outputs in float32 that wait for their merge, at most, where pages are streamed in."""
 
@@ -42,6 +48,7 @@ class Work:
         threads: of the kernels.
         logits: whether the wanted positions get logits.
         held: bytes of the cache's pages in memory before; it matters where they are to go to the disk.
+        gpu: whether it runs on a GPU: its kernels have other workspaces, and room in pages is memory.
     """
 
     tokens: int
@@ -53,6 +60,7 @@ class Work:
     threads: int = 1
     logits: bool = True
     held: int = 0
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,8 @@ class Storage:
 
     Attributes:
         kv: the format.
-        offload: where pages go that memory has no room for; None and "host": nowhere.
-        kv_memory: bytes that pages in memory may take, with `offload="disk"`.
+        offload: where pages go that memory has no room for; None, and "host" on the CPU: nowhere.
+        kv_memory: bytes that pages in memory may take, where the others go elsewhere.
     """
 
     kv: str = "model"
@@ -78,7 +86,7 @@ class Parts:
         weights: of the model.
         kv: pages in memory, tokens in use.
         room: that pages have for more tokens: address space, which takes memory only when it is written.
-        file: pages on the disk.
+        file: pages on the disk, or on the host behind a GPU.
         hidden: hidden states of all tokens of the prompt.
         scratch: one layer's keys and values before they become compact or go to the disk.
         activations: of a chunk in a layer.
@@ -147,27 +155,42 @@ def room_bytes(shape: Shape, kv: str, total: int, batch: int = 1) -> int:
     return int(shape.layers * batch * tokens * fmt.token_bytes(shape.kv_heads, shape.head_dim, shape.size))
 
 
-def activation_bytes(shape: Shape, chunk: int, batch: int, streamed: bool = False) -> int:
+def activation_bytes(shape: Shape, chunk: int, batch: int, streamed: bool = False, gpu: bool = False) -> int:
     """Of a chunk through a whole layer, at the worst of its moments, beyond its input."""
     e, h, q, kv = shape.size, shape.hidden, shape.q_dim, shape.kv_dim
     # Of the workspace: normed states and results, q or gate, k or up, v. They stay when attention's output comes.
     kept = e * (h + max(q, shape.intermediate) + max(kv, shape.intermediate) + kv)
     out = q * (e + 4 * PARTIALS if streamed else e)
-    norm = 8 * h * min(NORM_ROWS, batch * chunk)  # two of: the input in float32, its squares, the product
+    # Two of: the input in float32, its squares, the product.
+    norm = 8 * h * min(GPU_NORM_ROWS if gpu else NORM_ROWS, batch * chunk)
     return batch * chunk * (kept + out) + norm
 
 
-def keys_bytes(shape: Shape, chunk: int, batch: int) -> int:
+def keys_bytes(shape: Shape, chunk: int, batch: int, gpu: bool = False) -> int:
     """Of a chunk of which only keys and values are made."""
     e, h = shape.size, shape.hidden
-    return batch * chunk * e * (h + 2 * shape.kv_dim) + 8 * h * min(NORM_ROWS, batch * chunk)
+    return batch * chunk * e * (h + 2 * shape.kv_dim) + 8 * h * min(GPU_NORM_ROWS if gpu else NORM_ROWS, batch * chunk)
+
+
+def workspace_bytes(shape: Shape, work: Work, storage: Storage) -> int:
+    """Of the kernels."""
+    if not work.gpu:
+        return work.threads * (SCRATCH + MATMUL)
+    total, chunk = work.past + work.tokens, min(work.chunk, work.tokens)
+    found = GPU_MATMUL
+    if total > GPU_SEGMENT:
+        found += work.batch * chunk * shape.q_dim * 4
+    if work.past and storage.kv != "model":
+        found += 2 * work.batch * min(work.past, GPU_SEGMENT) * shape.kv_dim * shape.size
+    return found
 
 
 def parts(shape: Shape, work: Work, storage: Storage) -> Parts:
     """Bytes by part."""
     total, chunk = work.past + work.tokens, min(work.chunk, work.tokens)
     final = total + work.new
-    compact, disk = storage.kv != "model", storage.offload == "disk"
+    # Memory of the host is no other place for what runs there.
+    compact, disk = storage.kv != "model", storage.offload == "disk" or (work.gpu and storage.offload == "host")
     kv, file, room = kv_bytes(shape, storage.kv, final, work.batch), 0, 0
     if disk and storage.kv_memory is not None and kv > storage.kv_memory:
         kv, file = storage.kv_memory, kv - storage.kv_memory
@@ -187,9 +210,9 @@ def parts(shape: Shape, work: Work, storage: Storage) -> Parts:
         file=file,
         hidden=row * shape.hidden * shape.size,
         scratch=2 * row * shape.kv_dim * shape.size if compact or disk else 0,
-        activations=activation_bytes(shape, chunk, work.batch, streamed=bool(file)),
-        keys_only=keys_bytes(shape, chunk, work.batch),
-        workspace=work.threads * (SCRATCH + MATMUL),
+        activations=activation_bytes(shape, chunk, work.batch, bool(file), work.gpu),
+        keys_only=keys_bytes(shape, chunk, work.batch, work.gpu),
+        workspace=workspace_bytes(shape, work, storage),
         logits=work.batch * keep * shape.vocab * shape.size if work.logits else 0,
         ids=2 * 8 * row,
     )
@@ -213,6 +236,8 @@ def peaks(shape: Shape, work: Work, storage: Storage) -> list[Peak]:
     found = []
 
     def phase(name: str, **parts: int) -> None:
+        if work.gpu and p.kv:
+            parts["room"] = p.room * parts.get("kv", 0) // p.kv
         alive = {k: v for k, v in sorted({**common, **parts}.items(), key=lambda x: -x[1]) if v}
         found.append(Peak(name, sum(alive.values()), alive))
 

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import plan_bytes, plan_choice
-from .memory import address_space, available_bytes, chunk_len
+from .memory import address_space, available_bytes, free_bytes
 from .options import parse_bytes
+from .placement import chunk_len
 from .plan_bytes import Storage, Work
 from .plan_shape import SIZES, Shape, dtype_name, of_config
 
 if TYPE_CHECKING:
     from .call import Call
+    from .pages import PagedLayer
 
 SMALL = 64 << 20
 """Calls whose pages and hidden states take less are not planned: they keep the model's own format, and run."""
@@ -24,18 +26,42 @@ def storage_of(call: Call) -> Storage:
     """How the pages of a call's cache are to be kept: what it is kept in already, what the options say, or what "auto"
     makes of them. Microseconds for small calls, and for those with nothing to choose."""
     kept, options = _kept(call), call.options
-    if kept is not None and (kept.offload == "disk" or options.offload != "auto" or call.q_len == 1):
+    if kept is not None and (kept.offload is not None or options.offload != "auto" or call.q_len == 1):
         return kept
     decided = next((layer.format.name for layer in call.pages or () if layer.decided), None)
     kv = decided or getattr(call.cache, "kv", None) or options.kv
-    if _is_small(call) and options.offload != "disk":
+    if _is_small(call) and options.offload not in ("disk", "host"):
         return Storage("model" if kv == "auto" else kv)
     chunk = options.chunk
     if chunk == "auto":
-        chunk = chunk_len(call.model.config, call.batch, call.model.dtype.itemsize)
-    shape, work, used = _reckoned(call, 1, chunk)
+        chunk = chunk_len(call.model.config, call.batch, call.model.dtype.itemsize, call.devices)
     pages = None if options.kv_memory == "auto" else parse_bytes("kv_memory", options.kv_memory)
-    return plan_choice.choose(shape, work, available_bytes(), kv, options.offload, pages, used).storage
+    found = []
+    for device, layers in call.devices.items():
+        shape, work, used = _reckoned(call, 1, chunk, device, layers)
+        free, mine = _free(device), None if pages is None else pages * layers // len(call.layers)
+        if work.gpu:
+            host = available_bytes()
+            choice = plan_choice.choose_on_gpu(shape, work, free, host, kv, options.offload, mine, used)
+        else:
+            choice = plan_choice.choose(shape, work, free, kv, options.offload, mine, used)
+        found.append(choice.storage)
+    return _for_all(found)
+
+
+def _for_all(found: list[Storage]) -> Storage:
+    """What serves where each device has chosen for itself: the smallest format, the farthest place."""
+    if len(found) == 1:
+        return found[0]
+    order = (*plan_bytes.LADDER, *(storage.kv for storage in found))
+    kv = max((storage.kv for storage in found), key=order.index)
+    offload = max((storage.offload for storage in found), key=(None, "host", "disk").index)
+    held = [storage.kv_memory for storage in found if storage.kv_memory is not None]
+    return Storage(kv, offload, len(found) * min(held) if held and offload else None)
+
+
+def _free(device: torch.device) -> int | None:
+    return free_bytes(device) if device.type == "cuda" else available_bytes()
 
 
 def check(call: Call, keep: int, chunk: int) -> None:
@@ -50,18 +76,25 @@ def check(call: Call, keep: int, chunk: int) -> None:
     """
     if call.q_len == 1 or _is_small(call):
         return
-    available = available_bytes()
-    if available is None:
-        return
-    shape, work, used = _reckoned(call, keep, chunk)
     storage = storage_of(call)
     kv_from: plan_choice.KvFrom = "cache" if getattr(call.cache, "kv", None) not in (None, "auto") else "options"
     if any(layer.decided for layer in call.pages or ()):
         kv_from = None
-    plan_choice.check(shape, work, storage, available, used, call.options.offload, address_space(), kv_from)
+    offload = call.options.offload
+    for device, layers in call.devices.items():
+        available = _free(device)
+        if available is None:
+            continue
+        shape, work, used = _reckoned(call, keep, chunk, device, layers)
+        share = storage
+        if storage.kv_memory is not None:
+            share = dataclasses.replace(storage, kv_memory=storage.kv_memory * layers // len(call.layers))
+        room = None if work.gpu else address_space()
+        plan_choice.check(shape, work, share, available, used, offload, room, kv_from)
     budget = call.options.kv_memory
-    if call.pages is not None and storage.offload != "disk" and budget != "auto":
+    if call.pages is not None and storage.offload not in ("disk", "host") and budget != "auto":
         total, most = call.past_len + call.q_len, parse_bytes("kv_memory", budget)
+        shape, work, _ = _reckoned(call, keep, chunk)
         pages = plan_bytes.kv_bytes(shape, storage.kv, total, call.batch)
         plan_choice.check_pages(shape, work, storage, most, pages, kv_from)
 
@@ -84,22 +117,35 @@ def _kept(call: Call) -> Storage | None:
         return None
     kv, store = call.pages[0].format.name, call.pages[0].store
     if store is not None:
-        return Storage(kv, "disk", store.budget)
+        return Storage(kv, store.where, store.budget)
     return Storage(kv, "disk", _budget(call)) if call.options.offload == "disk" else Storage(kv)
+
+
+def _is_on(layer: PagedLayer, device: torch.device) -> bool:
+    return layer.kind is None or layer.kind.device == device
 
 
 def _budget(call: Call) -> int:
     if call.options.kv_memory != "auto":
         return parse_bytes("kv_memory", call.options.kv_memory)
-    return (available_bytes() or 2 << 30) // plan_choice.DISK_SHARE
+    least = min((n for n in map(_free, call.devices) if n is not None), default=0) or 2 << 30
+    return len(call.devices) * least // plan_choice.DISK_SHARE
 
 
-def _reckoned(call: Call, keep: int, chunk: int) -> tuple[Shape, Work, int]:
-    """(sizes, work, bytes that are taken already): weights, and the pages that the cache has."""
+def _reckoned(
+    call: Call, keep: int, chunk: int, device: torch.device | None = None, layers: int | None = None
+) -> tuple[Shape, Work, int]:
+    """(sizes, work, bytes that are taken already): weights, and the pages that the cache has.
+
+    Args:
+        device, layers: a device and how many of the layers are there; None: all of them.
+    """
     dtype = str(call.model.dtype).removeprefix("torch.")
     shape = of_config(call.model.config, dtype_name(dtype) if dtype in SIZES else "float32")
     if call.pages is None:
         shape = dataclasses.replace(shape, layers=1)  # one layer's pages, again and again
+    elif layers is not None and layers < shape.layers:
+        shape = dataclasses.replace(shape, layers=layers)
     work = Work(
         call.q_len,
         call.past_len,
@@ -108,14 +154,16 @@ def _reckoned(call: Call, keep: int, chunk: int) -> tuple[Shape, Work, int]:
         chunk=chunk,
         threads=torch.get_num_threads(),
         logits=call.logits,
+        gpu=device is not None and device.type == "cuda",
     )
-    # The kernels keep theirs from call to call.
-    used = shape.weight_bytes + work.threads * (plan_bytes.SCRATCH + plan_bytes.MATMUL)
+    used = shape.weight_bytes
+    if not work.gpu:  # the kernels keep theirs from call to call
+        used += work.threads * (plan_bytes.SCRATCH + plan_bytes.MATMUL)
     if call.past_len:
         kv = _kept(call)
         held = min(
             plan_bytes.kv_bytes(shape, "model" if kv is None else kv.kv, call.past_len, call.batch),
-            sum(layer.nbytes for layer in call.pages or ()),
+            sum(layer.nbytes for layer in call.pages or () if device is None or _is_on(layer, device)),
         )
         work, used = dataclasses.replace(work, held=held), used + held
     return shape, work, used

@@ -120,6 +120,44 @@ def choose(
     return dataclasses.replace(smallest, fits=smallest.fits and not over, why=why)
 
 
+def choose_on_gpu(
+    shape: Shape,
+    work: Work,
+    gpu: int | None,
+    host: int | None,
+    kv: str = "auto",
+    offload: str | None = "auto",
+    kv_memory: int | None = None,
+    used: int = 0,
+) -> Choice:
+    """As `choose`, for a card with a host behind it, which is the nearest other place.
+
+    Args:
+        gpu, host: bytes of memory that there are, the host's for pages alone; None: nobody knows, and everything fits.
+    """
+    if offload != "disk":
+        found = choose(shape, work, gpu, kv, None, kv_memory, used)
+        if found.fits or offload is None:
+            return found
+        for name in LADDER if kv == "auto" else (kv,):
+            storage = Storage(name, "host")
+            pages = _pages(shape, work, storage, gpu, kv_memory, used)
+            storage = dataclasses.replace(storage, kv_memory=pages)
+            worst = peak(shape, work, storage)
+            behind = parts(shape, work, storage).file
+            if (gpu is None or (worst.bytes - used) <= gpu) and (host is None or behind <= host):
+                limit = (
+                    "kv_memory is less than the pages of any format"
+                    if found.peak.bytes - used <= (gpu or 0)
+                    else ("no format fits on the GPU")
+                )
+                why = f"{limit}: {gib(behind)} of the pages live on the host, as {name}"
+                return Choice(storage, worst, True, why)
+        if offload == "host":
+            return found
+    return choose(shape, work, gpu, kv, "disk", kv_memory, used)
+
+
 def _pages(shape: Shape, work: Work, storage: Storage, available: int | None, kv_memory: int | None, used: int) -> int:
     """Bytes of pages in memory where the others are on the disk."""
     if kv_memory is not None:
@@ -127,7 +165,8 @@ def _pages(shape: Shape, work: Work, storage: Storage, available: int | None, kv
     if available is None:
         return 2 << 30
     rest = peak(shape, work, dataclasses.replace(storage, kv_memory=0)).bytes
-    return max(_MIB, int(available - (rest - used) * MARGIN) // DISK_SHARE)
+    left = int(available - (rest - used) * MARGIN)
+    return max(_MIB, left * 9 // 10 if storage.offload == "host" else left // DISK_SHARE)
 
 
 def _why(kv: str, name: str, tried: list[Choice], found: Choice, available: int | None, used: int) -> str:
