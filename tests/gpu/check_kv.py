@@ -122,14 +122,14 @@ def attention_over_formats(machine: Machine, report: Report) -> None:
                     )
                     want, want_lse = truth.attention(q, *meant, mask)
                     yardstick = truth.eager(q, *(x.to(dtype) for x in meant), mask)
-                    allowed = truth.allowance(dtype, want, yardstick)
+                    # Scales are folded into q and P, which are rounded to the dtype once more than the yardstick's.
+                    allowed = 1.5 * truth.allowance(dtype, want, yardstick)
                     error, _ = truth.errors(out, want)
                     label = f"{'/'.join(names)} {dtype_name} d{head_dim} q_len {q_len}"
                     report.check(
                         f"attention over {label}", error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
                     )
                     lse_error = truth.errors(lse, want_lse)[0]
-                    # q times the scales is rounded to the dtype once: so far may a score be off.
                     report.check(f"lse over {label}", lse_error <= 2**-7, f"error {lse_error:.3g}, allowed {2**-7:.3g}")
                     worst["/".join(names)] = max(worst.get("/".join(names), 0.0), error / allowed)
     for name, share in worst.items():

@@ -10,7 +10,10 @@ from . import truth
 from .machine import Machine
 from .section import Report
 
-BOUND = 3e-4  # of the norm; simulated: 1.4e-3 to 5.5e-3 in one pass, 9e-5 with partials of 64k keys
+# Toward zero. Simulated for wgmma: 1.4e-3 to 5.5e-3 in one pass over 2^20 keys, 9e-5 with partials of 64k keys.
+BIAS = 3e-4
+# Of the norm. P is rounded to bf16 before it meets V: that is random, and seen most where values have a mean of 0.
+ERROR = {"mean 1": 5e-4, "mean 0.1": 1e-3, "mean 0": 3e-3}
 
 
 def run(machine: Machine, report: Report) -> None:
@@ -42,7 +45,7 @@ def run(machine: Machine, report: Report) -> None:
             )
             if bound is not None:
                 report.bound(f"{data}: {name}: relative error", norm, most=bound)
-                report.bound(f"{data}: {name}: bias toward zero", abs(bias), most=bound)
+                report.bound(f"{data}: {name}: bias toward zero", abs(bias), most=BIAS)
 
         with machine.serving():
             for path in paths:
@@ -56,10 +59,16 @@ def run(machine: Machine, report: Report) -> None:
                     kv_len=None, path=path,
                 )  # fmt: skip
                 if path == "decode":
-                    tell("decode, one query", target, sums, BOUND * 3, want=want[:, :, :1], want_lse=want_lse[:, :, :1])
+                    tell(
+                        "decode, one query",
+                        target,
+                        sums,
+                        ERROR[values],
+                        want=want[:, :, :1],
+                        want_lse=want_lse[:, :, :1],
+                    )
                 else:
-                    # P is rounded to bf16 before it meets V: that error is random, and with values of mean 0 it is seen.
-                    tell(f"{path}, one call", out, lse, BOUND * (10 if values == "mean 0" else 3))
+                    tell(f"{path}, one call", out, lse, ERROR[values])
             parts = [
                 ops.attention(
                     q,
@@ -72,7 +81,7 @@ def run(machine: Machine, report: Report) -> None:
                 for a in range(0, kv_len, page)
             ]
             out, lse = ops.merge_partials([o for o, _ in parts], [e for _, e in parts])
-            tell(f"{len(parts)} partials, merged", out, lse, BOUND * (10 if values == "mean 0" else 3))
+            tell(f"{len(parts)} partials, merged", out, lse, ERROR[values])
         if not machine.dry:
             _peers(q, k, v, tell, report)
 
