@@ -29,6 +29,9 @@ pub enum Error {
     /// A workspace or a thread could not be had.
     #[error("out of resources: {0}")]
     Resources(String),
+    /// A device, its driver or the compiler for it: missing, or it refused.
+    #[error("{0}")]
+    Device(String),
 }
 
 impl Error {

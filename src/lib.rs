@@ -5,7 +5,7 @@
 //! ```text
 //! door         py            pyo3: tensors come in, errors go out (feature `python`)
 //! operations   attention     check once, choose the kernel
-//! engine       cpu           attention_forward, attention_decode, kv_append, kv_read, rope_apply, merge_partials
+//! engines      cpu cuda      attention_forward, attention_decode, kv_append, kv_read, rope_apply, merge_partials
 //! mathematics  args softmax tiling rope quant reference
 //! words        error dtype tensor
 //! ```
@@ -17,6 +17,8 @@
 pub mod args;
 pub mod attention;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod dtype;
 pub mod error;
 #[cfg(feature = "python")]
