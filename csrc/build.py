@@ -2,7 +2,7 @@
 
 A pinned NVRTC of CUDA 12 makes them, for newer drivers load older cubins and not the other way round. Architectures that no cubin
 fits are compiled on first use by the NVRTC that torch brings, so a wheel without cubins works too.
-  python csrc/build.py                     python/llama1m_ext/cubins/*.cubin and manifest.json (git ignores them)
+  python csrc/build.py                     python/llama1m_ext/cubins/: cubins, manifest.json, hashes.txt (git ignores them)
   python csrc/build.py --check [NAME...]   compiles for sm_80 sm_89 sm_90a sm_100a and prints what ptxas says
                                            and what the gates of tests/python/test_cuda_gates.py will say; writes nothing
 """
@@ -65,6 +65,8 @@ def build(nvrtc: Nvrtc, out: Path) -> dict:
     """Writes cubins and manifest; what an earlier build left and this one does not make goes away."""
     out.mkdir(parents=True, exist_ok=True)
     cubins = []
+    if not kernel_files():
+        raise SystemExit(f"no kernel files in {HERE}")
     for path in kernel_files():
         for arch in ARCHS:
             if not fits(path.name, arch):
@@ -90,6 +92,9 @@ def build(nvrtc: Nvrtc, out: Path) -> dict:
             print(f"  {file:34} {len(program.cubin):8} bytes, {len(program.entries)} kernels", flush=True)
     manifest = {"nvrtc": nvrtc.version, "options": list(OPTIONS), "cubins": cubins}
     replace(out / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    # The same for src/cuda/cubin.rs, which has no reader of JSON.
+    lines = [f"{cubin['file']} {cubin['source_hash']} {cubin['sha256']}\n" for cubin in cubins]
+    replace(out / "hashes.txt", "".join(lines).encode())
     for stale in set(out.glob("*.cubin")) - {out / cubin["file"] for cubin in cubins}:
         stale.unlink()
     return manifest
