@@ -4,6 +4,7 @@
   --section NAME...     these only; a later run supersedes an earlier one of the same section in the same --out
   --budget SECONDS      begin no section whose limit does not fit any more
   --detach              go on in the background (a lease whose commands are limited); look at it with --wait SECONDS
+  --render              only write RESULTS.md anew from raw.jsonl
   --dry-run             no GPU: the kernels on the CPU by the fake driver, tiny sizes
 RESULTS.md, raw.jsonl and log.txt in --out are up to date at every moment.
 """
@@ -32,6 +33,9 @@ def main() -> int:
         return child(args, out)
     if args.detach:
         return detach(out)
+    if args.render:
+        write_results(out)
+        return 0
     if args.wait is not None:
         return wait(out, args.wait)
     return parent(args, out)
@@ -51,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--detach", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--wait", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--render", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
