@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from .cache import PagedLayer, paged_layers
 from .dense import Scratch
 from .formats import KvFormat
 from .intervals import ALL, Intervals, ends, from_mask, judged, misfit
-from .memory import available_bytes
+from .memory import available_bytes, free_bytes
 from .options import read as read_options
 from .placement import device_of, spread
 from .questions import Questions
@@ -174,8 +175,9 @@ def decide_format(call: Call) -> None:
         for layer in undecided:
             layer.decide(found)
     if storage is not None and storage.offload == "disk":
-        assert storage.kv_memory is not None
-        _keep_in(layers, lambda budget=storage.kv_memory: offload.Store(budget, call.options.offload_dir, len(layers)))
+        budget = storage.kv_memory
+        assert budget is not None
+        _keep_in(layers, lambda: offload.Store(budget, call.options.offload_dir, len(layers)))
     elif storage is not None and storage.offload == "host":
         for device, count in call.devices.items():  # on the CPU that is where they are
             if device.type == "cuda":
@@ -183,11 +185,13 @@ def decide_format(call: Call) -> None:
                 mine = [
                     page for page, layer in zip(layers, call.layers, strict=True) if device_of(layer, device) == device
                 ]
-                _keep_in(mine, lambda share=share, count=count: _host_store(share, count))
+                _keep_in(mine, functools.partial(_host_store, share, count))
     if call.q_len > 1 and layers and layers[0].store is not None:
         heads, head_dim = call.model.config.num_key_value_heads, call.layers[0].self_attn.head_dim
         token = call.batch * layers[0].format.token_bytes(heads, head_dim, call.model.dtype.itemsize)
-        layers[0].store.check_room(token, call.past_len + call.q_len)
+        for store in {id(layer.store): layer.store for layer in layers}.values():
+            if store is not None:
+                store.check_room(token, call.past_len + call.q_len)
 
 
 def _host_store(budget: int, layers: int) -> offload.Store:
@@ -417,7 +421,8 @@ def check_matrix_fits(reason: str, given: Mapping[str, Any]) -> None:
     batch, q_len = source.shape[:2]  # type: ignore[union-attr]
     kv_len = q_len if mask is None else mask.shape[-1]
     # The causal part, the padding part and their conjunction, a byte each: what transformers needs at its peak.
-    need, room = 3 * batch * q_len * kv_len, available_bytes()
+    device = source.device  # type: ignore[union-attr]
+    need, room = 3 * batch * q_len * kv_len, available_bytes() if device.type == "cpu" else free_bytes(device)
     if room is not None and need > room:
         raise ValueError(
             f"{reason}: attention to {kv_len} keys from {q_len} queries of {batch} rows would need masks of "

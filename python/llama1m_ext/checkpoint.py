@@ -32,6 +32,7 @@ from . import _core, tensorfile
 from .call import Call
 from .dense import Kind, loaded
 from .fingerprint import fingerprint
+from .placement import device_of
 from .sealed import SealedList
 from .stored import CacheDamaged, PageSource, StoredPage, as_bytes, checksum
 
@@ -139,7 +140,7 @@ class Checkpoint:
                 page.restore(snapshot)
             self._start_over(e)
             return 0
-        here = _environment()
+        here = _environment() | _gpus(self.call)
         if self._state["environment"] != here:
             _warn(
                 f"the prefill goes on with {here}, and was begun with {self._state['environment']}: its last bits may "
@@ -170,7 +171,8 @@ class Checkpoint:
             raise CacheDamaged(f"{path}: expected {self.call.past_len + self.call.q_len} tokens")
         k_dtype, v_dtype = (tensorfile.dtype_of(name) for name in body["dtypes"])
         batch, kv_heads, k_dim, v_dim = (int(n) for n in body["kind"])
-        kind = Kind(batch, kv_heads, k_dim, v_dim, k_dtype, v_dtype, torch.device("cpu"))
+        device = device_of(self.call.layers[i], self.call.position_ids.device)
+        kind = Kind(batch, kv_heads, k_dim, v_dim, k_dtype, v_dtype, device)
         if layer.kind is not None and layer.kind != kind:
             raise CacheDamaged(f"{path}: expected keys and values like {layer.kind}, got {kind}")
         layer.refill(kept, pages, kind)
@@ -184,9 +186,12 @@ class Checkpoint:
             raise CacheDamaged(
                 f"{path}: expected hidden states {tuple(hidden.shape)} of {hidden.dtype}, got {span.shape} of {span.dtype}"
             )
-        source.read(span.offset, as_bytes(hidden))
-        if checksum(hidden) != expected:
+        here = hidden if hidden.device.type == "cpu" else torch.empty_like(hidden, device="cpu")
+        source.read(span.offset, as_bytes(here))
+        if checksum(here) != expected:
             raise CacheDamaged(f"{path}: the hidden states are not what was written: the file is damaged")
+        if here is not hidden:
+            hidden.copy_(here)
 
     def _start_over(self, why: Exception) -> None:
         _warn(f"the prefill starts from the beginning, because its checkpoint can't be read: {why}")
@@ -219,9 +224,9 @@ class Checkpoint:
                 "run": self._run,
                 "done": i + 1,
                 "chunk": self.chunk,
-                "environment": _environment(),
+                "environment": _environment() | _gpus(self.call),
             }
-            entry = ("hidden", hidden.dtype, tuple(hidden.shape), [hidden])
+            entry = ("hidden", hidden.dtype, tuple(hidden.shape), tensorfile.rows(hidden))
             tensorfile.write(self.folder / _STATE, [entry], tensorfile.described(_META, state))
         except (OSError, ValueError) as e:
             # What is there stays valid, and may be gone on from.
@@ -307,7 +312,7 @@ def identity(call: Call, ids: Tensor | None, embeds: Tensor | None) -> str:
         ids, embeds: its tokens, `[batch, n]` or `[batch, n, hidden]`.
     """
     digest = hashlib.blake2b(digest_size=32)
-    options = call.options
+    options, where = call.options, call.position_ids.device.type
     words = {
         "version": VERSION,
         "model": fingerprint(call.model),
@@ -315,7 +320,7 @@ def identity(call: Call, ids: Tensor | None, embeds: Tensor | None) -> str:
         "formats": None if call.pages is None else [page.format.name for page in call.pages],
         "chunk": options.chunk,
         "page_size": options.page_size,
-        "autocast": str(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else None,
+        "autocast": str(torch.get_autocast_dtype(where)) if torch.is_autocast_enabled(where) else None,
         "precision": torch.get_float32_matmul_precision(),
     }
     digest.update(json.dumps(words, sort_keys=True).encode())
@@ -342,6 +347,12 @@ def _add(digest: Any, tensor: Tensor) -> None:
     digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     for block in tensorfile.rows(tensor):
         digest.update(checksum(block).to_bytes(8, "little"))
+
+
+def _gpus(call: Call) -> dict[str, Any]:
+    """What more may do so on a GPU."""
+    gpus = sorted({torch.cuda.get_device_name(device) for device in call.devices if device.type == "cuda"})
+    return {"gpus": gpus} if gpus else {}
 
 
 def _environment() -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .dense import page_to
 from .formats import GROUP, Page
 from .pagefile import PageFile, default_folder, free_bytes
 from .stored import CacheDamaged, PageSource, Span, StoredPage
@@ -44,6 +45,8 @@ IN_FLIGHT = 256 << 20
 """Bytes that may wait to be written, at most: they are written while the next layer computes."""
 _WAITING = 4 << 20
 """Bytes of partials that may wait for their merge."""
+_BOUNDS = "_llama1m_bounds"
+"""Attribute of bounds of rows on a GPU: their least and largest."""
 
 
 class Store:
@@ -184,7 +187,7 @@ def attention(
     """
     pages = layer.pages
     kv_len = layer.length if kv_len is None else kv_len
-    if all(type(page) is not StoredPage or page.at_hand for page in pages):
+    if all(_is_near(page, q.device) for page in pages):
         # In memory, or seen through a map: the same bits as if nothing were stored.
         pages = [page.load() if type(page) is StoredPage else page for page in pages]
         return ops.attention(
@@ -226,7 +229,7 @@ def attention(
         )
         total.add(out, lse)
 
-    near, far = view.split(pages)
+    near, far = view.split(pages, q.device)
     stream = _stream(layer, far)
     with stream.load([page for page, _, _ in far]) as coming:
         begin = time.perf_counter()
@@ -235,7 +238,7 @@ def attention(
         stream.traffic.compute_seconds += time.perf_counter() - begin
         for (_, at, tokens), page in zip(far, coming, strict=True):
             begin = time.perf_counter()
-            add([page], at, tokens)
+            add([page_to(page, q.device)], at, tokens)
             stream.traffic.compute_seconds += time.perf_counter() - begin
     out, lse = total.result()
     out = out.to(out_dtype or q.dtype)
@@ -276,7 +279,7 @@ class _View:
         self.by_all = all_from, all_to
 
     def split(
-        self, pages: Sequence[Page | StoredPage]
+        self, pages: Sequence[Page | StoredPage], device: torch.device
     ) -> tuple[list[tuple[list[Page], int | None, int]], list[tuple[StoredPage, int | None, int]]]:
         """What is seen: (runs of pages in memory, pages to be loaded), each with its position and its tokens.
 
@@ -295,7 +298,7 @@ class _View:
             if b <= self.seen[0]:
                 continue
             by_all = self.by_all[0] <= at and b <= self.by_all[1]
-            if type(page) is StoredPage and not page.at_hand:
+            if isinstance(page, StoredPage) and not _is_near(page, device):
                 far.append((page, None if by_all else at, b - at))
                 continue
             here = page.load() if isinstance(page, StoredPage) else page
@@ -314,8 +317,21 @@ class _View:
         return runs, far
 
 
+def _is_near(page: Page | StoredPage, device: torch.device) -> bool:
+    """Whether a page can be computed over where it is."""
+    return type(page) is not StoredPage or (page.at_hand and device.type == "cpu")
+
+
 def _bounds(x: Tensor | int) -> tuple[int, int]:
-    return (int(x.min()), int(x.max())) if isinstance(x, Tensor) else (x, x)
+    """The least and the largest."""
+    if not isinstance(x, Tensor):
+        return x, x
+    known: tuple[int, int] | None = getattr(x, _BOUNDS, None)
+    if known is None:
+        known = tuple(torch.stack(x.aminmax()).tolist())  # type: ignore[assignment]  # two of them
+        if x.device.type != "cpu":
+            setattr(x, _BOUNDS, known)  # all layers of a call ask, and each answer would wait for the GPU
+    return known
 
 
 def _shifted(x: Tensor | int | None, at: int, tokens: int) -> Tensor | int | None:
@@ -346,7 +362,7 @@ class _Sum:
         if not self.outs:  # every key is hidden
             batch, heads, length, _ = self.q.shape
             out = torch.zeros_like(self.q.transpose(1, 2), dtype=torch.float32).transpose(1, 2)
-            return out, torch.full((batch, heads, length), -torch.inf)
+            return out, torch.full((batch, heads, length), -torch.inf, device=out.device)
         if len(self.outs) > 1:
             self._merge()
         return self.outs[0], self.lses[0]

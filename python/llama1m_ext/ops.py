@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _core, cuda
 from .formats import Compact, Page, Side
@@ -70,7 +71,7 @@ def attention(
         ValueError: shapes, strides or numbers that don't fit; the message names the argument and both values.
         cuda.Missing: tensors on a GPU, and its driver or kernels for it are not there; the message says which.
     """
-    if torch.compiler.is_compiling():
+    if _traced(q):
         pages_k, pages_v = _flat(k), _flat(v)
         starts, ends = _row_tensor(kv_start, q), _row_tensor(kv_end, q)
         out, lse = torch.ops.llama1m_ext.attention(
@@ -109,20 +110,17 @@ def kv_append(
     Raises:
         TypeError, ValueError: as `attention`, before anything is written to the side that the message names.
     """
+    if _traced(k):
+        sides = _flat(page.k), _flat(page.v)
+        torch.ops.llama1m_ext.kv_append(k, v, *sides, at, positions, inv_freq, attention_scaling)
+        return
     _tensors("k", [k])
     _tensors("v", [v])
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"v: expected the batch, heads and length of k, {tuple(k.shape)}, got {tuple(v.shape)}")
     if (positions is None) != (inv_freq is None):
         raise ValueError("inv_freq: expected positions and inv_freq, or neither, got one of them")
-    if cuda.serves(k):
-        return cuda.kv_append(k, v, page.k, page.v, at, positions, inv_freq, attention_scaling)
-    if positions is not None and inv_freq is not None:
-        k, _ = _rope_apply(k, None, positions, inv_freq, attention_scaling)
-    threads = torch.get_num_threads()
-    _core.kv_append(k, page.k, at, "k", threads=threads)
-    _core.kv_append(v, page.v, at, "v", threads=threads)
-    return None
+    _kv_append(k, v, page.k, page.v, at, positions, inv_freq, attention_scaling)
 
 
 def kv_read(page: Page, start: int, end: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -140,12 +138,10 @@ def kv_read(page: Page, start: int, end: int, head_dim: int, dtype: torch.dtype)
     found = []
     for of, side in (("k", page.k), ("v", page.v)):
         first = side.codes if isinstance(side, Compact) else side
-        out = torch.empty((*first.shape[:2], end - start, head_dim), dtype=dtype, device=first.device)
-        if cuda.serves(first):
-            cuda.kv_read(side, start, out, of)
+        if _traced(first):
+            found.append(torch.ops.llama1m_ext.kv_read(_flat(side), of, start, end, head_dim, dtype))
         else:
-            _core.kv_read(side, start, out, of, threads=torch.get_num_threads())
-        found.append(out)
+            found.append(_kv_read(side, of, start, end, head_dim, dtype))
     return found[0], found[1]
 
 
@@ -164,7 +160,7 @@ def merge_partials(outs: Tensors, lses: Tensors) -> tuple[Tensor, Tensor]:
         TypeError, ValueError: as `attention`.
     """
     out_list, lse_list = _unstack("outs", outs, 4), _unstack("lses", lses, 3)
-    if torch.compiler.is_compiling():
+    if _traced(out_list[0]):
         merged: tuple[Tensor, Tensor] = torch.ops.llama1m_ext.merge_partials(out_list, lse_list)
         return merged
     _tensors("outs", out_list)
@@ -203,7 +199,7 @@ def rope_apply(
     Raises:
         TypeError, ValueError: as `attention`.
     """
-    if torch.compiler.is_compiling():
+    if _traced(q):
         q_new, k_new = torch.ops.llama1m_ext.rope_apply(q, k, positions, inv_freq, attention_scaling)
         if q_out is not None:
             q_new = q_out.copy_(q_new)
@@ -214,6 +210,13 @@ def rope_apply(
     if k is not None:
         _tensors("k", [k])
     return _rope_apply(q, k, positions, inv_freq, attention_scaling, q_out, k_out)
+
+
+def _traced(x: object) -> bool:
+    """Whether the compiler looks at this call, or torch only asks for shapes (`FakeTensorMode`)."""
+    if torch.compiler.is_compiling():
+        return True
+    return isinstance(x, Tensor) and type(x) is not Tensor and isinstance(x, FakeTensor)
 
 
 def _tensors(name: str, tensors: Sequence[object]) -> None:
@@ -303,6 +306,36 @@ def _attention(
     else:
         _core.attention(q, k, v, out, lse, **where, threads=torch.get_num_threads())
     return out if lse is None else (out, lse)
+
+
+def _kv_append(
+    k: Tensor,
+    v: Tensor,
+    page_k: Side,
+    page_v: Side,
+    at: int,
+    positions: Tensor | None,
+    inv_freq: Tensor | None,
+    attention_scaling: float,
+) -> None:
+    if cuda.serves(k):
+        cuda.kv_append(k, v, page_k, page_v, at, positions, inv_freq, attention_scaling)
+        return
+    if positions is not None and inv_freq is not None:
+        k, _ = _rope_apply(k, None, positions, inv_freq, attention_scaling)
+    threads = torch.get_num_threads()
+    _core.kv_append(k, page_k, at, "k", threads=threads)
+    _core.kv_append(v, page_v, at, "v", threads=threads)
+
+
+def _kv_read(side: Side, of: str, start: int, end: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    first = side.codes if isinstance(side, Compact) else side
+    out = torch.empty((*first.shape[:2], end - start, head_dim), dtype=dtype, device=first.device)
+    if cuda.serves(first):
+        cuda.kv_read(side, start, out, of)
+    else:
+        _core.kv_read(side, start, out, of, threads=torch.get_num_threads())
+    return out
 
 
 def _merge_partials(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -406,3 +439,43 @@ def _(
     q: Tensor, k: Tensor | None, positions: Tensor, inv_freq: Tensor, attention_scaling: float
 ) -> tuple[Tensor, Tensor]:
     return _like(q), q.new_empty(0) if k is None else _like(k)
+
+
+@torch.library.custom_op("llama1m_ext::kv_append", mutates_args=("page_k", "page_v"), device_types=_DEVICES)
+def _kv_append_op(
+    k: Tensor,
+    v: Tensor,
+    page_k: Sequence[Tensor],
+    page_v: Sequence[Tensor],
+    at: int,
+    positions: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    attention_scaling: float = 1.0,
+) -> None:
+    (side_k,), (side_v,) = _unflat(page_k), _unflat(page_v)
+    _kv_append(k, v, side_k, side_v, at, positions, inv_freq, attention_scaling)
+
+
+@_kv_append_op.register_fake
+def _(
+    k: Tensor,
+    v: Tensor,
+    page_k: Sequence[Tensor],
+    page_v: Sequence[Tensor],
+    at: int,
+    positions: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    attention_scaling: float = 1.0,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("llama1m_ext::kv_read", mutates_args=(), device_types=_DEVICES)
+def _kv_read_op(side: Sequence[Tensor], of: str, start: int, end: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    (found,) = _unflat(side)
+    return _kv_read(found, of, start, end, head_dim, dtype)
+
+
+@_kv_read_op.register_fake
+def _(side: Sequence[Tensor], of: str, start: int, end: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    return side[0].new_empty((*side[0].shape[:2], end - start, head_dim), dtype=dtype)

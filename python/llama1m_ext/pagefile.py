@@ -14,6 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .dense import page_to
 from .formats import Page, rounded
 from .stored import ALIGN, PageSource, Span, StoredPage, as_bytes, checksum, write_bytes
 
@@ -153,11 +156,12 @@ class PageFile:
             raise OSError(errno.ENOSPC, message, folder)
 
     def put(self, page: Page) -> StoredPage:
-        """Has a page written. The page belongs to the file now: nobody may write to it.
+        """Has a page written, from a GPU through main memory. The page belongs to the file now: nobody may write to it.
 
         Raises:
             OSError: an earlier page could not be written, or there is no file to write to. This page is as it was.
         """
+        page = page_to(page, torch.device("cpu"))
         with self._worker.lock:
             source = self._open()
             while self._waiting and sum(n for _, n in self._waiting) + page.nbytes > self.in_flight:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from . import _compat, ops
-from .dense import Kind, is_dense, loaded
+from .dense import Kind, is_dense, loaded, page_to
 from .formats import GROUP, KvFormat, Page
 from .page_list import PageSize
 from .sealed import SealedList
@@ -87,7 +87,7 @@ class PagedLayer(SealedList, DynamicLayer):
         values = torch.empty((*kind[:2], self.length, kind.v_dim), dtype=kind.v_dtype, device=device)
         at = 0
         for part in self._used(self.length):
-            page = loaded(part)
+            page = loaded(part, device)
             step = page.size if is_dense(page) else _READ
             for a in range(0, page.size, step):
                 b = min(a + step, page.size)
@@ -209,11 +209,8 @@ class PagedLayer(SealedList, DynamicLayer):
         if self.kind is None or self.kind.device == torch.device(device):
             return
         self._settle()
-        self.pages = [
-            Page(p.k.to(device, non_blocking=True), p.v.to(device, non_blocking=True)) if is_dense(p) else p
-            for p in self.pages
-        ]
-        self.kind = self.kind._replace(device=torch.device(device))
+        self.pages = [page_to(p, torch.device(device)) if isinstance(p, Page) else p for p in self.pages]
+        self.kind, self._open = self.kind._replace(device=torch.device(device)), None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.take_rows(beam_idx.tolist())

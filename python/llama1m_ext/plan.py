@@ -218,7 +218,7 @@ def _free_on_gpus(model: Any) -> int | None:
     """What is free on all GPUs that a model is on, together; None: it is on none."""
     from .memory import free_bytes
 
-    root = model if hasattr(model, "parameters") else getattr(model, "model", None)
+    root: Any = model if hasattr(model, "parameters") else getattr(model, "model", None)
     gpus = {p.device for p in root.parameters() if p.device.type == "cuda"} if hasattr(root, "parameters") else set()
     return sum(free_bytes(device) or 0 for device in gpus) if gpus else None
 

@@ -21,11 +21,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from .cache import LongCache
-from .dense import Kind, Stored
+from .dense import Kind, Stored, loaded, page_to
 from .fingerprint import Identity, identity
 from .formats import GROUP, OF_DTYPE, Compact, KvFormat, Page, Side, empty
+from .memory import free_bytes
 from .options import llama_models
 from .pages import PagedLayer
+from .placement import device_of
 from .sealed import TAIL
 from .stored import CacheDamaged, PageSource, Span, StoredPage, as_bytes, checksum, page_of
 from .tensorfile import Entry, described, description, dtype_name, dtype_of, read, rows, write
@@ -124,7 +126,7 @@ def save(cache: Any, path: str | os.PathLike[str], model: Any) -> None:
     entries: list[Entry] = []
     ids = getattr(cache, "tokens", None)
     if ids is not None:
-        entries.append(("tokens", ids.dtype, tuple(ids.shape), [ids.contiguous()]))
+        entries.append(("tokens", ids.dtype, tuple(ids.shape), rows(ids)))
     for layer in layers:
         assert layer.kind is not None  # as there are tokens
         found, expected = (len(layers), *layer.kind[1:4]), _axes(inner.config)
@@ -153,21 +155,46 @@ def save(cache: Any, path: str | os.PathLike[str], model: Any) -> None:
     write(path, entries, described(_META, body))
 
 
-def load(path: str | os.PathLike[str], model: Any, *, mapped: bool = True) -> LongCache:
+def load(path: str | os.PathLike[str], model: Any, *, mapped: bool = True, placed: bool = True) -> LongCache:
     """Opens a saved cache. Keys and values are not read before they are used, and checked when they are.
+
+    Those of a model on a GPU go there at once, layer by layer, as far as there is room; the rest stays in the file, and
+    is streamed to the GPU whenever it is used.
 
     Args:
         path: the file. Nobody may write to it as long as the cache is in use; `save` replaces it as a whole.
         model: a `LlamaModel`, or something that holds one: the one that made the cache.
         mapped: see pages through a memory map; False: read them into memory that is given back after use.
+        placed: bring them to the model's GPU; False: leave that to others.
 
     Raises:
         CacheMismatch: the cache is another model's; the message says what differs.
         CacheDamaged: the file is not what `save` writes.
         OSError: it can't be read.
     """
+    inner = llama_models(model)[0]
     with _uncollected():
-        return _load(PageSource.open(path, mapped=mapped), llama_models(model)[0])
+        cache = _load(PageSource.open(path, mapped=mapped), inner)
+    if placed:
+        _place(cache, inner)
+    return cache
+
+
+def _place(cache: LongCache, inner: Any) -> None:
+    """Brings keys and values to the devices of their layers, as far as there is room."""
+    home = inner.embed_tokens.weight.device
+    devices = [device_of(layer, home) for layer in list(inner.layers)[: len(cache.layers)]]
+    gpus = {device: (free_bytes(device) or 0) * 9 // 10 for device in devices if device.type == "cuda"}
+    for layer, device in zip(cache.layers, devices, strict=True):
+        if device not in gpus:
+            continue
+        need = sum(page.nbytes for page in layer.pages)
+        if need <= gpus[device]:
+            gpus[device] -= need
+            layer.pages = [loaded(page, device) for page in layer.pages]
+        else:  # those in memory are few, and still to be appended to
+            layer.pages = [page_to(page, device) if isinstance(page, Page) else page for page in layer.pages]
+        layer._note(layer.kind._replace(device=device))
 
 
 def _load(source: PageSource, inner: Any) -> LongCache:

@@ -28,6 +28,7 @@ from .fingerprint import fingerprint as fingerprint_of
 from .formats import KvFormat, Page
 from .options import parse_bytes
 from .pages import PagedLayer
+from .placement import device_of
 from .prefill import watched
 from .remember import SUFFIX
 
@@ -90,7 +91,9 @@ class Shelf:
         """
         assert call.pages is not None
         decide_format(call)
+        ids = ids.cpu()
         known = [(page.format, page.store is None) for page in call.pages]
+        devices = [device_of(layer, call.position_ids.device) for layer in call.layers]
         most, best = 0, None
         with _lock:
             for name, kept in self._files():
@@ -104,15 +107,16 @@ class Shelf:
             try:
                 # Everything is checked now, before anything depends on it.
                 found: list[Sequence[Page | Stored]] = []
-                for layer, (_, here) in zip(cache.layers, known, strict=True):
+                for layer, (_, here), device in zip(cache.layers, known, devices, strict=True):
                     parts = layer.share(most)
-                    pages = [loaded(part) for part in parts]
+                    pages = [loaded(part, device if here else None) for part in parts]
                     found.append(pages if here else parts)
             except (OSError, ValueError) as e:
                 self._refuse(name, e)
                 return 0
-        for page, parts, layer in zip(call.pages, found, cache.layers, strict=True):
-            page.begin_with(parts, most, layer.kind)
+        for page, parts, layer, device in zip(call.pages, found, cache.layers, devices, strict=True):
+            assert layer.kind is not None  # as there are tokens
+            page.begin_with(parts, most, layer.kind._replace(device=device))
         call.skip(most)
         self._touch(name)
         return most
@@ -129,7 +133,7 @@ class Shelf:
         if n - taken < max(LEAST, n / GROWTH):
             return
         assert call.pages is not None
-        kv = call.pages[0].format
+        ids, kv = ids.cpu(), call.pages[0].format
         with _lock:
             for other, kept in self._files():
                 if kept.cache is not None and kept.cache.format == kv and _common(kept.ids, ids[0]) == n:
@@ -178,7 +182,7 @@ class Shelf:
     def _open(self, name: str, state: _State) -> _Kept:
         nothing = torch.empty(0, dtype=torch.long)
         try:
-            cache = LongCache.load(self.folder / name, self._model())
+            cache = saved.load(self.folder / name, self._model(), placed=False)
             if cache.tokens is None or len(cache.tokens) != 1:
                 raise ValueError("expected the tokens of one prompt")
             return _Kept(state, cache, cache.tokens[0])
@@ -238,7 +242,7 @@ def shelf_of(call: Call, ids: Tensor | None) -> Shelf | None:
     folder = call.options.remember
     if folder is None or call.past_len or ids is None or not call.pages or call.batch != 1 or call.q_len < LEAST:
         return None
-    if not call.is_plain or watched(call) or torch.is_autocast_enabled("cpu"):
+    if not call.is_plain or watched(call) or torch.is_autocast_enabled(ids.device.type):
         return None
     kind = call.model.rotary_emb.rope_type
     if "dynamic" in kind or kind == "longrope":

@@ -33,6 +33,8 @@ HEADER = "llama1m.header.xxh3"
 MAX_HEADER = 100_000_000
 """Bytes of a header, at most: as in the safetensors library."""
 _PAD = "llama1m.pad"
+_FETCH = 64 << 20
+"""Bytes that are fetched from a GPU at a time."""
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -169,14 +171,20 @@ def sweep(folder: str | os.PathLike[str], name: str = "") -> None:
 
 
 def rows(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's elements in order, in contiguous parts: all of it at once, or as few rows as it takes."""
+    """A tensor's elements in order, in contiguous parts in main memory: all of it at once, or as few rows as it takes;
+    from a GPU in blocks."""
     if tensor.is_contiguous():
-        yield tensor.detach()
+        yield from [tensor.detach()] if tensor.device.type == "cpu" else _fetched(tensor.detach().view(-1))
     elif tensor.dim() > 1 and tensor.numel():
         for row in tensor:
             yield from rows(row)
     elif tensor.numel():
-        yield tensor.detach().contiguous()
+        yield tensor.detach().contiguous().cpu()
+
+
+def _fetched(flat: Tensor) -> Iterator[Tensor]:
+    for part in flat.split(max(1, _FETCH // flat.element_size())):
+        yield part.cpu()
 
 
 def described(key: str, body: Mapping[str, Any]) -> dict[str, str]:

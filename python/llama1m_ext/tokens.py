@@ -26,6 +26,8 @@ class Seen:
         """Tokens `at` to `at + n` are these ids, `[batch, n]`; what was there from `at` on is gone."""
         self.truncate(at)
         if self.length == at:
+            if self._parts and self._parts[0].device != ids.device:
+                self._parts = [part.to(ids.device) for part in self._parts]
             # A copy: generate() gives views of all ids so far, one for each token.
             self._parts.append(ids.detach().clone())
             self.length += ids.shape[1]
