@@ -178,6 +178,39 @@ def linear_seconds(machine: Machine, config: Any) -> float:
     return total / rows
 
 
+def offload(machine: Machine, report: Report) -> None:
+    """A cache of which the most lives in pinned host memory: a decode step should take what its bytes take over the bus."""
+    import llama1m_ext
+
+    model = build(machine, getattr(machine.options, "layers", None))
+    warm_up(machine, model)
+    config, tokens = model.config, machine.size(262144, 700)
+    kept = machine.size(8 * GIB, 1 << 18)
+    llama1m_ext.set_options(model, kv="model", offload="host", kv_memory=kept)
+    found = measure(machine, report, model, tokens, "llama1m_ext, pages on the host")
+    if found is None:
+        report.check("offload", False, "did not run")
+        return
+    served(report, model)
+    size = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
+    away, rate = max(0, size - kept), bus_rate(machine)
+    least = away / rate
+    report.table(
+        "a decode step over pages on the host", tokens=tokens, **{"GiB on the host": away / GIB, "bus, GB/s": rate / 1e9},
+        **{"seconds": found["each"], "bus alone, s": least, "ratio": found["each"] / least if least else 0.0},
+    )  # fmt: skip
+    if not machine.dry:
+        report.bound("offload: a decode step over the time of its bytes", found["each"] / least, most=1.15)
+
+
+def bus_rate(machine: Machine) -> float:
+    """Bytes/s from pinned host memory to the device."""
+    n = machine.size(2 * GIB, 1 << 20)
+    host = torch.empty(n, dtype=torch.uint8, pin_memory=not machine.dry)
+    there = torch.empty(n, dtype=torch.uint8, device=machine.device)
+    return n / machine.compare({"copy": lambda i: there.copy_(host, non_blocking=True)}, rounds=3)["copy"].median
+
+
 def logits(machine: Machine, report: Report) -> None:
     """Logits of a 4k prompt: ours in bf16 against a float32 run, beside stock's in bf16."""
     import llama1m_ext

@@ -28,6 +28,7 @@ SECTIONS = [
     Section("128k", "The pipeline at 131,072 tokens", 180, end_to_end.ours(131072), quick=False),
     Section("logits", "Logits at 4,096 tokens against float32", 120, end_to_end.logits),
     Section("stock", "Stock transformers, sdpa", 240, end_to_end.stock("sdpa", (8192, 131072, 524288)), quick=False),
+    Section("offload", "262,144 tokens with most pages in host memory", 240, end_to_end.offload, quick=False),
     Section("sanitize", "compute-sanitizer on a small set", 500, sanitize.run, dry=False, quick=False),
     Section("512k", "The pipeline at 524,288 tokens", 500, end_to_end.ours(524288), quick=False),
     Section("stock-flash", "Stock transformers, flash_attention_2", 240, end_to_end.stock("flash_attention_2", (8192, 131072)), quick=False),
