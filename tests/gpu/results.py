@@ -17,6 +17,8 @@ def load(files: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
     latest: dict[str, list[dict[str, Any]]] = {}
     records = []
     for file in files:
+        if not file.exists():
+            continue
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 records.append(json.loads(line))

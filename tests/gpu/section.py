@@ -30,6 +30,9 @@ class Report:
         self.section = section
         self.failed = 0
         self.passed = 0
+        if file.exists() and file.read_bytes()[-1:] not in (b"\n", b""):
+            with file.open("a", encoding="utf-8") as open_file:
+                open_file.write("\n")  # after a line that a kill cut short
 
     def table(self, name: str, /, **columns: Any) -> None:
         """A row of a table; tables are told by their name."""
