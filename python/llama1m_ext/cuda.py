@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _core
+from . import _core, cuda_files
 from .formats import Side
 
 Pages = Side | Sequence[Side]
@@ -59,7 +59,14 @@ def waits(device: torch.device) -> bool:
 
 def info() -> dict[str, Any]:
     """What there is: driver, devices, NVRTC, kernels in this package, folder of compiled ones. Never raises."""
+    set_up()
     return dict(_core.cuda_info())
+
+
+@functools.cache
+def set_up() -> None:
+    """Tells the core where kernels come from. Before anything else is asked of it."""
+    _core.cuda_set_up(cuda_files.packed(), cuda_files.cache(), cuda_files.nvrtc())
 
 
 def missing(device: torch.device) -> str | None:
@@ -115,10 +122,12 @@ def check(device: torch.device) -> None:
     """Raises:
     Missing: the driver or kernels for this device are not there; the message says which.
     """
-    if device.type == "cuda":
-        why = missing(device)
-        if why is not None:
-            raise Missing(f"device {device}: {why}")
+    if device.type != "cuda":
+        set_up()  # a driver of the tests'
+        return
+    why = missing(device)
+    if why is not None:
+        raise Missing(f"device {device}: {why}")
 
 
 # -- the calls -----------------------------------------------------------------------------------------------------------
