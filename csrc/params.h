@@ -2,6 +2,7 @@
 //
 // Strides are in bytes. q, k, v and out are [batch, heads, len, head_dim] with a contiguous last axis.
 #pragma once
+#include "ptx.cuh"
 
 constexpr int GROUP = 64;        // tokens that share a scale of K; channels that share a scale of V
 constexpr int MAX_PAGES = 12;    // of one launch: more are several launches, merged

@@ -5,7 +5,9 @@
 #include "emulation.h"
 #else
 #ifdef __CUDACC_RTC__  // NVRTC: no host headers needed at all
+typedef signed char int8_t;
 typedef unsigned char uint8_t;
+typedef short int16_t;
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
@@ -18,6 +20,8 @@ typedef long long int64_t;
 #define KERNEL(threads, minblocks) extern "C" __global__ void __launch_bounds__(threads, minblocks)
 #define DYN_SMEM(name) extern __shared__ __align__(1024) uint8_t name[]
 #define UNROLL _Pragma("unroll")
+#define PARAM const __grid_constant__
+#define INF __int_as_float(0x7f800000)
 typedef uint16_t bf16_t;
 struct alignas(64) TensorMap {
     uint64_t opaque[16];
@@ -58,6 +62,33 @@ PRIM uint32_t pack_bf16(float lo, float hi) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
     return r;
 }
+// float16 and bfloat16 as bits.
+PRIM float half_to_float(uint16_t bits) {
+    float x;
+    asm("{ .reg .b16 h; mov.b16 h, %1; cvt.f32.f16 %0, h; }" : "=f"(x) : "h"(bits));
+    return x;
+}
+PRIM uint16_t float_to_half(float x) {
+    uint16_t bits;
+    asm("{ .reg .b16 h; cvt.rn.f16.f32 h, %1; mov.b16 %0, h; }" : "=h"(bits) : "f"(x));
+    return bits;
+}
+PRIM float bf16_to_float(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
+PRIM uint16_t float_to_bf16(float x) { return (uint16_t)pack_bf16(x, 0.f); }
+PRIM uint32_t float_bits(float x) { return __float_as_uint(x); }
+PRIM float bits_float(uint32_t x) { return __uint_as_float(x); }
+PRIM float lg2(float x) {
+    float y;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+PRIM float rint_(float x) { return rintf(x); }
+PRIM float abs_(float x) { return fabsf(x); }
+// No contraction into a fused multiply-add: what the CPU engine rounds twice must be rounded twice here.
+PRIM float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+PRIM float add_rn(float a, float b) { return __fadd_rn(a, b); }
+PRIM float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+PRIM float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 #if __CUDA_ARCH__ >= 900
 PRIM void mbar_init(uint32_t b, uint32_t n) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(n) : "memory");

@@ -19,6 +19,8 @@
 #define KERNEL(threads, minblocks) extern "C" void
 #define __grid_constant__
 #define UNROLL
+#define PARAM const
+#define INF (__builtin_inff())
 #define DYN_SMEM(name) uint8_t* const name = cpu::blk->smem
 typedef uint16_t bf16_t;
 struct alignas(64) TensorMap {
@@ -537,3 +539,33 @@ PRIM void wgmma_wait() {
         }
     });
 }
+PRIM float half_to_float(uint16_t bits) {
+    _Float16 h;
+    std::memcpy(&h, &bits, 2);
+    return (float)h;
+}
+PRIM uint16_t float_to_half(float x) {
+    _Float16 h = (_Float16)x;
+    uint16_t bits;
+    std::memcpy(&bits, &h, 2);
+    return bits;
+}
+PRIM float bf16_to_float(uint16_t bits) { return cpu::bf(bits); }
+PRIM uint16_t float_to_bf16(float x) { return cpu::to_bf(x); }
+PRIM uint32_t float_bits(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    return u;
+}
+PRIM float bits_float(uint32_t u) {
+    float x;
+    std::memcpy(&x, &u, 4);
+    return x;
+}
+PRIM float lg2(float x) { return std::log2(x); }
+PRIM float rint_(float x) { return std::nearbyint(x); }
+PRIM float abs_(float x) { return std::fabs(x); }
+PRIM float mul_rn(float a, float b) { return a * b; }
+PRIM float add_rn(float a, float b) { return a + b; }
+PRIM float div_rn(float a, float b) { return a / b; }
+PRIM float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
