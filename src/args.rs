@@ -212,6 +212,12 @@ impl<'a> KvRef<'a> {
         self.k.iter().chain(&self.v).find_map(Side::dtype)
     }
 
+    /// Pages that hold tokens in use: k, v, the first token, and how many are in use.
+    pub fn pages(&self) -> impl Iterator<Item = (&Side<'a>, &Side<'a>, usize, usize)> {
+        let used = move |p: usize| self.start[p + 1].min(self.len).saturating_sub(self.start[p]);
+        (0..self.k.len()).map(move |p| (&self.k[p], &self.v[p], self.start[p], used(p))).filter(|page| page.3 > 0)
+    }
+
     /// Whether any page is compact.
     pub fn is_compact(&self) -> bool {
         self.k.iter().chain(&self.v).any(|s| s.dtype().is_none())
@@ -377,6 +383,16 @@ impl<'a> AttnArgs<'a> {
 }
 
 impl Problem<'_> {
+    /// Whether keys after a query's own position are hidden.
+    pub fn causal(&self) -> bool {
+        self.causal
+    }
+
+    /// Position of the first query.
+    pub fn q_start(&self) -> i64 {
+        self.q_start
+    }
+
     /// The keys `lo..hi` that query `i` of batch row `b` sees; `lo == hi` when it sees none.
     #[inline]
     pub fn visible(&self, b: usize, i: usize) -> (usize, usize) {

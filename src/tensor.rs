@@ -8,35 +8,76 @@ use std::marker::PhantomData;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 
+/// What a view is made of: elements of a dtype, or bytes.
+pub trait Unit: Copy {
+    /// Bytes of one.
+    fn size(self) -> usize;
+    /// What messages call it.
+    fn name(self) -> &'static str;
+}
+
+impl Unit for DType {
+    fn size(self) -> usize {
+        Self::size(self)
+    }
+
+    fn name(self) -> &'static str {
+        Self::name(self)
+    }
+}
+
+/// The unit of codes.
+#[derive(Debug, Clone, Copy)]
+pub struct Byte;
+
+impl Unit for Byte {
+    fn size(self) -> usize {
+        1
+    }
+
+    fn name(self) -> &'static str {
+        "bytes"
+    }
+}
+
 /// A view `[batch, heads, len, head_dim]` that may be read.
 #[derive(Debug, Clone, Copy)]
-pub struct TensorRef<'a> {
+pub struct ViewRef<'a, U> {
     ptr: *const u8,
-    dtype: DType,
+    unit: U,
     shape: [usize; 4],
     stride: [usize; 4],
     life: PhantomData<&'a u8>,
 }
 
-// SAFETY: a TensorRef is only ever read through, like `&[u8]`.
-unsafe impl Send for TensorRef<'_> {}
+// SAFETY: a view is only ever read through, like `&[u8]`.
+unsafe impl<U: Send> Send for ViewRef<'_, U> {}
 // SAFETY: as above.
-unsafe impl Sync for TensorRef<'_> {}
+unsafe impl<U: Sync> Sync for ViewRef<'_, U> {}
 
 /// A view `[batch, heads, len, head_dim]` that may be written; engines write disjoint rows from several threads.
 #[derive(Debug, Clone, Copy)]
-pub struct TensorMut<'a> {
+pub struct ViewMut<'a, U> {
     ptr: *mut u8,
-    dtype: DType,
+    unit: U,
     shape: [usize; 4],
     stride: [usize; 4],
     life: PhantomData<&'a mut u8>,
 }
 
 // SAFETY: engines hand each row to one task; the type itself shares nothing.
-unsafe impl Send for TensorMut<'_> {}
+unsafe impl<U: Send> Send for ViewMut<'_, U> {}
 // SAFETY: as above.
-unsafe impl Sync for TensorMut<'_> {}
+unsafe impl<U: Sync> Sync for ViewMut<'_, U> {}
+
+/// A view of elements to read.
+pub type TensorRef<'a> = ViewRef<'a, DType>;
+/// A view of elements to write.
+pub type TensorMut<'a> = ViewMut<'a, DType>;
+/// Rows of bytes `[batch, heads, len, bytes]` to read: the codes of compact keys or values.
+pub type BytesRef<'a> = ViewRef<'a, Byte>;
+/// Rows of bytes to write.
+pub type BytesMut<'a> = ViewMut<'a, Byte>;
 
 /// Elements from the first to the last one that the view can touch, or None on overflow; 0 for an empty view.
 pub fn span(shape: &[usize], stride: &[usize]) -> Option<usize> {
@@ -50,16 +91,16 @@ pub fn span(shape: &[usize], stride: &[usize]) -> Option<usize> {
     last.checked_add(1).filter(|n| *n <= isize::MAX as usize / 4)
 }
 
-fn check(name: &str, size: usize, of: &str, shape: [usize; 4], stride: [usize; 4], bytes: usize) -> Result<()> {
+fn check(name: &str, unit: impl Unit, shape: [usize; 4], stride: [usize; 4], bytes: usize) -> Result<()> {
     if shape[3] > 1 && stride[3] != 1 {
         return Err(Error::value(name, "a contiguous last axis (stride 1)", format!("stride {}", stride[3])));
     }
     match span(&shape, &stride) {
-        Some(n) if n * size <= bytes => Ok(()),
+        Some(n) if n * unit.size() <= bytes => Ok(()),
         _ => Err(Error::value(
             name,
             format!("a view inside its memory of {bytes} bytes"),
-            format!("shape {shape:?} with strides {stride:?} of {of}"),
+            format!("shape {shape:?} with strides {stride:?} of {}", unit.name()),
         )),
     }
 }
@@ -72,26 +113,90 @@ fn check_unshared(name: &str, shape: [usize; 4], stride: [usize; 4]) -> Result<(
     Ok(())
 }
 
-impl<'a> TensorRef<'a> {
+/// What both kinds of view know of themselves.
+macro_rules! layout {
+    ($ptr:ty) => {
+        /// `[batch, heads, len, head_dim]`, or bytes on the last axis.
+        pub fn shape(&self) -> [usize; 4] {
+            self.shape
+        }
+
+        /// Bytes from one row (token) to the next.
+        pub fn row_bytes(&self) -> usize {
+            self.stride[2] * self.unit.size()
+        }
+
+        /// Bytes from one batch row, head and row to the next.
+        pub fn byte_strides(&self) -> [usize; 3] {
+            [0, 1, 2].map(|a| self.stride[a] * self.unit.size())
+        }
+
+        /// Where the first row begins, or would if there were any.
+        pub fn start(&self) -> $ptr {
+            self.ptr
+        }
+
+        /// Where row `(batch, head, i)` begins. The result is only to be used within the last axis.
+        #[inline(always)]
+        pub fn row(&self, b: usize, h: usize, i: usize) -> $ptr {
+            debug_assert!(b < self.shape[0] && h < self.shape[1] && i < self.shape[2]);
+            let at = b * self.stride[0] + h * self.stride[1] + i * self.stride[2];
+            // wrapping_add: no promise is needed to compute the address, only to use it.
+            self.ptr.wrapping_add(at * self.unit.size())
+        }
+    };
+}
+
+impl<U: Unit> ViewRef<'_, U> {
     /// A view over raw memory of `bytes` readable bytes from `ptr` on.
     ///
     /// # Errors
     /// When the last axis is not contiguous or the view leaves the memory.
     ///
     /// # Safety
-    /// `ptr` is valid for reads of `bytes` bytes for `'a`.
+    /// `ptr` is valid for reads of `bytes` bytes for the view's lifetime.
     pub unsafe fn from_raw(
         name: &str,
         ptr: *const u8,
         bytes: usize,
-        dtype: DType,
+        unit: U,
         shape: [usize; 4],
         stride: [usize; 4],
     ) -> Result<Self> {
-        check(name, dtype.size(), dtype.name(), shape, stride, bytes)?;
-        Ok(Self { ptr, dtype, shape, stride, life: PhantomData })
+        check(name, unit, shape, stride, bytes)?;
+        Ok(Self { ptr, unit, shape, stride, life: PhantomData })
     }
 
+    layout!(*const u8);
+}
+
+impl<U: Unit> ViewMut<'_, U> {
+    /// A writable view over raw memory of `bytes` bytes from `ptr` on.
+    ///
+    /// # Errors
+    /// When the last axis is not contiguous, the view leaves the memory, or two of its elements share an address
+    /// because a stride is 0.
+    ///
+    /// # Safety
+    /// `ptr` is valid for reads and writes of `bytes` bytes for the view's lifetime, and nobody else reads or writes the
+    /// view meanwhile.
+    pub unsafe fn from_raw(
+        name: &str,
+        ptr: *mut u8,
+        bytes: usize,
+        unit: U,
+        shape: [usize; 4],
+        stride: [usize; 4],
+    ) -> Result<Self> {
+        check(name, unit, shape, stride, bytes)?;
+        check_unshared(name, shape, stride)?;
+        Ok(Self { ptr, unit, shape, stride, life: PhantomData })
+    }
+
+    layout!(*mut u8);
+}
+
+impl<'a> TensorRef<'a> {
     /// A view over a slice with explicit strides.
     ///
     /// # Errors
@@ -111,26 +216,7 @@ impl<'a> TensorRef<'a> {
 
     /// Element type.
     pub fn dtype(&self) -> DType {
-        self.dtype
-    }
-
-    /// `[batch, heads, len, head_dim]`.
-    pub fn shape(&self) -> [usize; 4] {
-        self.shape
-    }
-
-    /// Bytes from one row (token) to the next.
-    pub fn row_bytes(&self) -> usize {
-        self.stride[2] * self.dtype.size()
-    }
-
-    /// Where row `(batch, head, i)` begins. The result is only to be read within `head_dim` elements.
-    #[inline(always)]
-    pub fn row(&self, b: usize, h: usize, i: usize) -> *const u8 {
-        debug_assert!(b < self.shape[0] && h < self.shape[1] && i < self.shape[2]);
-        let at = b * self.stride[0] + h * self.stride[1] + i * self.stride[2];
-        // wrapping_add: no promise is needed to compute the address, only to read it.
-        self.ptr.wrapping_add(at * self.dtype.size())
+        self.unit
     }
 
     /// One element as float32; bounds are checked. For the reference and for tests.
@@ -138,32 +224,11 @@ impl<'a> TensorRef<'a> {
         let s = self.shape;
         assert!(b < s[0] && h < s[1] && i < s[2] && d < s[3], "index ({b}, {h}, {i}, {d}) outside {s:?}");
         // SAFETY: inside the shape, which `check` found inside the memory.
-        unsafe { self.dtype.read(self.row(b, h, i).add(d * self.dtype.size())) }
+        unsafe { self.unit.read(self.row(b, h, i).add(d * self.unit.size())) }
     }
 }
 
 impl<'a> TensorMut<'a> {
-    /// A writable view over raw memory of `bytes` bytes from `ptr` on.
-    ///
-    /// # Errors
-    /// When the last axis is not contiguous, the view leaves the memory, or two of its elements share an address
-    /// because a stride is 0.
-    ///
-    /// # Safety
-    /// `ptr` is valid for reads and writes of `bytes` bytes for `'a`, and nobody else reads or writes the view meanwhile.
-    pub unsafe fn from_raw(
-        name: &str,
-        ptr: *mut u8,
-        bytes: usize,
-        dtype: DType,
-        shape: [usize; 4],
-        stride: [usize; 4],
-    ) -> Result<Self> {
-        check(name, dtype.size(), dtype.name(), shape, stride, bytes)?;
-        check_unshared(name, shape, stride)?;
-        Ok(Self { ptr, dtype, shape, stride, life: PhantomData })
-    }
-
     /// A contiguous writable view over a slice.
     ///
     /// # Errors
@@ -176,85 +241,18 @@ impl<'a> TensorMut<'a> {
 
     /// Element type.
     pub fn dtype(&self) -> DType {
-        self.dtype
-    }
-
-    /// `[batch, heads, len, head_dim]`.
-    pub fn shape(&self) -> [usize; 4] {
-        self.shape
-    }
-
-    /// Bytes from one row (token) to the next.
-    pub fn row_bytes(&self) -> usize {
-        self.stride[2] * self.dtype.size()
-    }
-
-    /// Where row `(batch, head, i)` begins. The result is only to be used within `head_dim` elements.
-    #[inline(always)]
-    pub fn row(&self, b: usize, h: usize, i: usize) -> *mut u8 {
-        debug_assert!(b < self.shape[0] && h < self.shape[1] && i < self.shape[2]);
-        let at = b * self.stride[0] + h * self.stride[1] + i * self.stride[2];
-        self.ptr.wrapping_add(at * self.dtype.size())
+        self.unit
     }
 }
-
-/// Rows of bytes `[batch, heads, len, bytes]` that may be read: the codes of compact keys or values.
-#[derive(Debug, Clone, Copy)]
-pub struct BytesRef<'a> {
-    ptr: *const u8,
-    shape: [usize; 4],
-    stride: [usize; 4],
-    life: PhantomData<&'a u8>,
-}
-
-// SAFETY: as TensorRef.
-unsafe impl Send for BytesRef<'_> {}
-// SAFETY: as TensorRef.
-unsafe impl Sync for BytesRef<'_> {}
 
 impl<'a> BytesRef<'a> {
-    /// A view over `bytes` readable bytes from `ptr` on.
-    ///
-    /// # Errors
-    /// As [`TensorRef::from_raw`].
-    ///
-    /// # Safety
-    /// As [`TensorRef::from_raw`].
-    pub unsafe fn from_raw(
-        name: &str,
-        ptr: *const u8,
-        bytes: usize,
-        shape: [usize; 4],
-        stride: [usize; 4],
-    ) -> Result<Self> {
-        check(name, 1, "bytes", shape, stride, bytes)?;
-        Ok(Self { ptr, shape, stride, life: PhantomData })
-    }
-
     /// A contiguous view over a slice.
     ///
     /// # Errors
     /// When the slice is too short.
     pub fn dense(name: &str, data: &'a [u8], shape: [usize; 4]) -> Result<Self> {
         // SAFETY: a slice is valid for its length.
-        unsafe { Self::from_raw(name, data.as_ptr(), data.len(), shape, contiguous(shape)) }
-    }
-
-    /// `[batch, heads, len, bytes]`.
-    pub fn shape(&self) -> [usize; 4] {
-        self.shape
-    }
-
-    /// Bytes from one row (token) to the next.
-    pub fn row_bytes(&self) -> usize {
-        self.stride[2]
-    }
-
-    /// Where row `(batch, head, i)` begins; to be read within the last axis.
-    #[inline(always)]
-    pub fn row(&self, b: usize, h: usize, i: usize) -> *const u8 {
-        debug_assert!(b < self.shape[0] && h < self.shape[1] && i < self.shape[2]);
-        self.ptr.wrapping_add(b * self.stride[0] + h * self.stride[1] + i * self.stride[2])
+        unsafe { Self::from_raw(name, data.as_ptr(), data.len(), Byte, shape, contiguous(shape)) }
     }
 
     /// A row as a slice; bounds are checked.
@@ -266,64 +264,14 @@ impl<'a> BytesRef<'a> {
     }
 }
 
-/// Rows of bytes that may be written; engines write disjoint rows from several threads.
-#[derive(Debug, Clone, Copy)]
-pub struct BytesMut<'a> {
-    ptr: *mut u8,
-    shape: [usize; 4],
-    stride: [usize; 4],
-    life: PhantomData<&'a mut u8>,
-}
-
-// SAFETY: as TensorMut.
-unsafe impl Send for BytesMut<'_> {}
-// SAFETY: as TensorMut.
-unsafe impl Sync for BytesMut<'_> {}
-
 impl<'a> BytesMut<'a> {
-    /// A writable view over `bytes` bytes from `ptr` on.
-    ///
-    /// # Errors
-    /// As [`TensorMut::from_raw`].
-    ///
-    /// # Safety
-    /// As [`TensorMut::from_raw`].
-    pub unsafe fn from_raw(
-        name: &str,
-        ptr: *mut u8,
-        bytes: usize,
-        shape: [usize; 4],
-        stride: [usize; 4],
-    ) -> Result<Self> {
-        check(name, 1, "bytes", shape, stride, bytes)?;
-        check_unshared(name, shape, stride)?;
-        Ok(Self { ptr, shape, stride, life: PhantomData })
-    }
-
     /// A contiguous writable view over a slice.
     ///
     /// # Errors
     /// When the slice is too short.
     pub fn dense(name: &str, data: &'a mut [u8], shape: [usize; 4]) -> Result<Self> {
         // SAFETY: a mutable slice is valid and unshared for its length.
-        unsafe { Self::from_raw(name, data.as_mut_ptr(), data.len(), shape, contiguous(shape)) }
-    }
-
-    /// `[batch, heads, len, bytes]`.
-    pub fn shape(&self) -> [usize; 4] {
-        self.shape
-    }
-
-    /// Bytes from one row (token) to the next.
-    pub fn row_bytes(&self) -> usize {
-        self.stride[2]
-    }
-
-    /// Where row `(batch, head, i)` begins; to be used within the last axis.
-    #[inline(always)]
-    pub fn row(&self, b: usize, h: usize, i: usize) -> *mut u8 {
-        debug_assert!(b < self.shape[0] && h < self.shape[1] && i < self.shape[2]);
-        self.ptr.wrapping_add(b * self.stride[0] + h * self.stride[1] + i * self.stride[2])
+        unsafe { Self::from_raw(name, data.as_mut_ptr(), data.len(), Byte, shape, contiguous(shape)) }
     }
 }
 

@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 use super::error::raise;
+use super::tensor::HOST;
 use super::{detached, tensor};
 use crate::args::{AttnArgs, KvRef};
 use crate::attention as operation;
@@ -57,16 +58,16 @@ pub fn attention(
     };
     let mut ks = Vec::with_capacity(k_pages.len());
     for (i, o) in k_pages.iter().enumerate() {
-        ks.push(tensor::side(&view("k", &k_pages, i), o, Axis::Channel)?);
+        ks.push(HOST.side(&view("k", &k_pages, i), o, Axis::Channel)?);
     }
     let mut vs = Vec::with_capacity(v_pages.len());
     for (i, o) in v_pages.iter().enumerate() {
-        vs.push(tensor::side(&view("v", &v_pages, i), o, Axis::Token)?);
+        vs.push(HOST.side(&view("v", &v_pages, i), o, Axis::Token)?);
     }
     let held: usize = vs.iter().map(|p| p.shape()[2]).sum();
-    let q = tensor::rows("q", q)?;
-    let out = tensor::rows_mut("out", out)?;
-    let lse = lse.map(|o| tensor::sums_mut("lse", o)).transpose()?;
+    let q = HOST.rows("q", q)?;
+    let out = HOST.rows_mut("out", out)?;
+    let lse = lse.map(|o| HOST.sums_mut("lse", o)).transpose()?;
     let batch = q.shape()[0];
     let starts = per_row("kv_start", kv_start, batch)?;
     let ends = per_row("kv_end", kv_end, batch)?;
@@ -99,13 +100,13 @@ pub fn merge_partials(
     let (out_items, lse_items) = (tensor::items(outs)?, tensor::items(lses)?);
     let mut o = Vec::with_capacity(out_items.len());
     for (i, x) in out_items.iter().enumerate() {
-        o.push(tensor::rows(&format!("outs[{i}]"), x)?);
+        o.push(HOST.rows(&format!("outs[{i}]"), x)?);
     }
     let mut s = Vec::with_capacity(lse_items.len());
     for (i, x) in lse_items.iter().enumerate() {
-        s.push(tensor::sums(&format!("lses[{i}]"), x)?);
+        s.push(HOST.sums(&format!("lses[{i}]"), x)?);
     }
-    let out = tensor::rows_mut("out", out)?;
-    let lse = lse.map(|x| tensor::sums_mut("lse", x)).transpose()?;
+    let out = HOST.rows_mut("out", out)?;
+    let lse = lse.map(|x| HOST.sums_mut("lse", x)).transpose()?;
     detached(py, threads, move |cx| crate::cpu::merge::merge_partials(&o, &s, out, lse, cx))
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pyo3::prelude::*;
 
 use super::error::raise;
+use super::tensor::HOST;
 use super::{detached, tensor};
 use crate::cpu::{kv, pool};
 use crate::error::Error;
@@ -29,8 +30,8 @@ pub fn kv_append(
     of: &str,
     threads: usize,
 ) -> PyResult<()> {
-    let side = tensor::side_mut(&format!("{of} page"), page, axis(of)?)?;
-    let rows = tensor::rows(of, rows)?;
+    let side = HOST.side_mut(&format!("{of} page"), page, axis(of)?)?;
+    let rows = HOST.rows(of, rows)?;
     detached(py, threads, move |cx| kv::kv_append(of, rows, side, at, cx))
 }
 
@@ -45,8 +46,8 @@ pub fn kv_read(
     of: &str,
     threads: usize,
 ) -> PyResult<()> {
-    let side = tensor::side(&format!("{of} page"), page, axis(of)?)?;
-    let out = tensor::rows_mut("out", out)?;
+    let side = HOST.side(&format!("{of} page"), page, axis(of)?)?;
+    let out = HOST.rows_mut("out", out)?;
     detached(py, threads, move |cx| kv::kv_read(of, side, start, out, cx))
 }
 

@@ -4,6 +4,7 @@ use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 
 use super::error::raise;
+use super::tensor::HOST;
 use super::{detached, tensor};
 use crate::cpu::rope as cpu;
 use crate::error::Error;
@@ -28,9 +29,9 @@ pub fn rope_apply(
     attention_scaling: f64,
     threads: usize,
 ) -> PyResult<()> {
-    let mut pairs = vec![("q", tensor::rows("q", q)?, tensor::rows_mut("q_out", q_out)?)];
+    let mut pairs = vec![("q", HOST.rows("q", q)?, HOST.rows_mut("q_out", q_out)?)];
     match (k, k_out) {
-        (Some(k), Some(k_out)) => pairs.push(("k", tensor::rows("k", k)?, tensor::rows_mut("k_out", k_out)?)),
+        (Some(k), Some(k_out)) => pairs.push(("k", HOST.rows("k", k)?, HOST.rows_mut("k_out", k_out)?)),
         (None, None) => {}
         _ => return Err(raise(Error::value("k_out", "k and k_out together", "only one of them"))),
     }

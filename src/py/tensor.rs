@@ -1,6 +1,9 @@
 //! torch tensors and numpy arrays as views: type, device, dtype, shape, strides and memory are read from the object
 //! itself and checked against its storage, so that no argument can make the core read out of bounds.
 
+#[cfg(feature = "cuda")]
+use std::cell::Cell;
+
 use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -12,7 +15,7 @@ use crate::cpu::kv::SideMut;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::quant::{Axis, Codes, CompactMut, CompactRef};
-use crate::tensor::{BytesMut, BytesRef, TensorMut, TensorRef, span};
+use crate::tensor::{Byte, BytesMut, BytesRef, TensorMut, TensorRef, span};
 
 /// What torch gives once: its tensor type and dtypes, compared by identity.
 struct Torch {
@@ -83,6 +86,24 @@ impl Kind {
     }
 }
 
+/// Which memory a call takes its tensors from.
+#[derive(Debug)]
+pub enum Memory {
+    /// The CPU's.
+    Host,
+    /// One GPU's: that of the first tensor that comes. The host's under a driver that runs kernels there, as in our tests.
+    #[cfg(feature = "cuda")]
+    Device {
+        /// Its number, once it is known.
+        ordinal: Cell<Option<i32>>,
+        /// Whether host memory is the device's.
+        fake: bool,
+    },
+}
+
+/// The CPU's memory.
+pub const HOST: Memory = Memory::Host;
+
 /// A checked strided array: `bytes` are readable from `ptr` on.
 struct Array {
     ptr: *mut u8,
@@ -97,12 +118,44 @@ fn type_name(o: &Bound<'_, PyAny>) -> String {
     o.get_type().fully_qualified_name().map_or_else(|_| "an object".into(), |n| n.to_string())
 }
 
+impl Memory {
+    /// Checks that a torch tensor is where it should be.
+    fn check(&self, name: &str, o: &Bound<'_, PyAny>) -> PyResult<()> {
+        let device = o.getattr("device")?;
+        let kind = device.getattr("type")?;
+        let kind = kind.cast::<PyString>()?.to_cow()?;
+        match self {
+            Self::Host if kind == "cpu" => Ok(()),
+            Self::Host => Err(raise(Error::type_(name, "a CPU tensor", format!("a tensor on {device}")))),
+            #[cfg(feature = "cuda")]
+            Self::Device { ordinal, fake } => {
+                let number = match &*kind {
+                    "cuda" => device.getattr("index")?.extract::<Option<i32>>()?.unwrap_or(0),
+                    "cpu" if *fake => 0,
+                    _ => return Err(raise(Error::type_(name, "a CUDA tensor", format!("a tensor on {device}")))),
+                };
+                match ordinal.replace(Some(number)) {
+                    Some(first) if first != number => {
+                        Err(raise(Error::type_(name, format!("a tensor on cuda:{first}, as the first one"), device)))
+                    }
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+}
+
 impl Array {
-    fn new(name: &str, o: &Bound<'_, PyAny>) -> PyResult<Self> {
+    fn new(name: &str, o: &Bound<'_, PyAny>, memory: &Memory) -> PyResult<Self> {
         if let Some(t) = torch(o.py())?
             && o.is_instance(t.tensor.bind(o.py()))?
         {
+            memory.check(name, o)?;
             return Self::from_torch(name, o, t);
+        }
+        #[cfg(feature = "cuda")]
+        if matches!(memory, Memory::Device { .. }) {
+            return Err(raise(Error::type_(name, "a torch.Tensor on a GPU", type_name(o))));
         }
         match o.cast::<PyUntypedArray>() {
             Ok(a) => Self::from_numpy(name, a),
@@ -112,10 +165,6 @@ impl Array {
 
     fn from_torch(name: &str, o: &Bound<'_, PyAny>, t: &Torch) -> PyResult<Self> {
         let py = o.py();
-        let device = o.getattr("device")?;
-        if device.getattr("type")?.cast::<PyString>()?.to_cow()? != "cpu" {
-            return Err(raise(Error::type_(name, "a CPU tensor", format!("a tensor on {device}"))));
-        }
         let layout = o.getattr("layout")?;
         if !layout.is(&t.strided) {
             return Err(raise(Error::type_(name, "a dense (strided) tensor", layout)));
@@ -242,108 +291,144 @@ impl Array {
 const ROWS: &str = "[batch, heads, len, head_dim]";
 const SUMS: &str = "[batch, heads, len]";
 
-/// A view to read, `[batch, heads, len, head_dim]`, or `[batch, heads, len]` where `rank` is 3.
-///
-/// The view lives as long as the object, which the caller keeps.
-fn read<'a>(name: &str, o: &'a Bound<'_, PyAny>, rank: usize) -> PyResult<TensorRef<'a>> {
-    let a = Array::new(name, o)?;
-    let (dtype, shape, stride) = a.rank4(name, rank, if rank == 4 { ROWS } else { SUMS }).map_err(raise)?;
-    // SAFETY: the array was checked against its storage, which the object keeps alive.
-    unsafe { TensorRef::from_raw(name, a.ptr, a.bytes, dtype, shape, stride) }.map_err(raise)
-}
-
-/// `[batch, heads, len, head_dim]` to read.
-pub fn rows<'a>(name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorRef<'a>> {
-    read(name, o, 4)
-}
-
-/// `[batch, heads, len]` to read.
-pub fn sums<'a>(name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorRef<'a>> {
-    read(name, o, 3)
-}
-
-fn write<'a>(name: &str, o: &'a Bound<'_, PyAny>, rank: usize) -> PyResult<TensorMut<'a>> {
-    let a = Array::new(name, o)?;
-    if !a.writeable {
-        return Err(raise(Error::value(name, "a writeable array", "a read-only one")));
+impl Memory {
+    /// A view to read, `[batch, heads, len, head_dim]`, or `[batch, heads, len]` where `rank` is 3. Views live as long as
+    /// their objects, which the caller keeps.
+    fn read<'a>(&self, name: &str, o: &'a Bound<'_, PyAny>, rank: usize) -> PyResult<TensorRef<'a>> {
+        let a = Array::new(name, o, self)?;
+        let (dtype, shape, stride) = a.rank4(name, rank, if rank == 4 { ROWS } else { SUMS }).map_err(raise)?;
+        // SAFETY: the array was checked against its storage, which the object keeps alive.
+        unsafe { TensorRef::from_raw(name, a.ptr, a.bytes, dtype, shape, stride) }.map_err(raise)
     }
-    let (dtype, shape, stride) = a.rank4(name, rank, if rank == 4 { ROWS } else { SUMS }).map_err(raise)?;
-    // SAFETY: as in `read`; the caller hands over an output that nobody else uses meanwhile.
-    unsafe { TensorMut::from_raw(name, a.ptr, a.bytes, dtype, shape, stride) }.map_err(raise)
-}
 
-/// `[batch, heads, len, head_dim]` to write.
-pub fn rows_mut<'a>(name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorMut<'a>> {
-    write(name, o, 4)
-}
-
-/// `[batch, heads, len]` to write.
-pub fn sums_mut<'a>(name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorMut<'a>> {
-    write(name, o, 3)
-}
-
-/// Codes `[batch, kv_heads, tokens, bytes]`: what they are, and where.
-fn codes(name: &str, o: &Bound<'_, PyAny>) -> PyResult<(Codes, Array, [usize; 4], [usize; 4])> {
-    let a = Array::new(name, o)?;
-    let Kind::Code(codes) = a.kind else {
-        return Err(raise(Error::type_(name, "codes of int8, uint8 or float8_e4m3fn", a.kind.name())));
-    };
-    if a.shape.len() != 4 {
-        return Err(raise(Error::value(name, "[batch, kv_heads, tokens, width]", format!("shape {:?}", a.shape))));
+    /// `[batch, heads, len, head_dim]` to read.
+    pub fn rows<'a>(&self, name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorRef<'a>> {
+        self.read(name, o, 4)
     }
-    let (mut shape, mut stride) = ([0; 4], [0; 4]);
-    shape.copy_from_slice(&a.shape);
-    stride.copy_from_slice(&a.stride);
-    Ok((codes, a, shape, stride))
-}
 
-/// The two tensors of compact keys or values, from `(codes, params)`.
-fn compact<'py>(name: &str, o: &Bound<'py, PyTuple>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-    if o.len() != 2 {
-        return Err(raise(Error::value(name, "(codes, params)", format!("a tuple of {}", o.len()))));
+    /// `[batch, heads, len]` to read.
+    pub fn sums<'a>(&self, name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorRef<'a>> {
+        self.read(name, o, 3)
     }
-    Ok((o.get_item(0)?, o.get_item(1)?))
-}
 
-/// Keys or values of a page, to read: a tensor, or `(codes, params)`.
-///
-/// The views live as long as the objects, which the caller keeps.
-pub fn side<'a>(name: &str, o: &'a Bound<'_, PyAny>, axis: Axis) -> PyResult<Side<'a>> {
-    let Ok(pair) = o.cast::<PyTuple>() else { return Ok(Side::Dense(rows(name, o)?)) };
-    let (c, p) = compact(name, pair)?;
-    let (codes, a, shape, stride) = codes(name, &c)?;
-    let of_params = format!("{name} params");
-    let params = Array::new(&of_params, &p)?;
-    let (dtype, p_shape, p_stride) = params.rank4(&of_params, 4, PARAMS).map_err(raise)?;
-    // SAFETY: the arrays were checked against their storages, which the tuple's tensors keep alive; a tuple can't change.
-    let made = unsafe {
-        BytesRef::from_raw(name, a.ptr, a.bytes, shape, stride).and_then(|rows| {
-            let params = TensorRef::from_raw(&of_params, params.ptr, params.bytes, dtype, p_shape, p_stride)?;
-            CompactRef::new(name, codes, axis, rows, params)
-        })
-    };
-    Ok(Side::Compact(made.map_err(raise)?))
-}
-
-/// Keys or values of a page, to write.
-pub fn side_mut<'a>(name: &str, o: &'a Bound<'_, PyAny>, axis: Axis) -> PyResult<SideMut<'a>> {
-    let Ok(pair) = o.cast::<PyTuple>() else { return Ok(SideMut::Dense(rows_mut(name, o)?)) };
-    let (c, p) = compact(name, pair)?;
-    let (codes, a, shape, stride) = codes(name, &c)?;
-    let of_params = format!("{name} params");
-    let params = Array::new(&of_params, &p)?;
-    let (dtype, p_shape, p_stride) = params.rank4(&of_params, 4, PARAMS).map_err(raise)?;
-    if !(a.writeable && params.writeable) {
-        return Err(raise(Error::value(name, "a writeable array", "a read-only one")));
+    fn write<'a>(&self, name: &str, o: &'a Bound<'_, PyAny>, rank: usize) -> PyResult<TensorMut<'a>> {
+        let a = Array::new(name, o, self)?;
+        if !a.writeable {
+            return Err(raise(Error::value(name, "a writeable array", "a read-only one")));
+        }
+        let (dtype, shape, stride) = a.rank4(name, rank, if rank == 4 { ROWS } else { SUMS }).map_err(raise)?;
+        // SAFETY: as in `read`; the caller hands over an output that nobody else uses meanwhile.
+        unsafe { TensorMut::from_raw(name, a.ptr, a.bytes, dtype, shape, stride) }.map_err(raise)
     }
-    // SAFETY: as in `side`; the caller hands over a page that nobody else uses meanwhile.
-    let made = unsafe {
-        BytesMut::from_raw(name, a.ptr, a.bytes, shape, stride).and_then(|rows| {
-            let params = TensorMut::from_raw(&of_params, params.ptr, params.bytes, dtype, p_shape, p_stride)?;
-            CompactMut::new(name, codes, axis, rows, params)
-        })
-    };
-    Ok(SideMut::Compact(made.map_err(raise)?))
+
+    /// `[batch, heads, len, head_dim]` to write.
+    pub fn rows_mut<'a>(&self, name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorMut<'a>> {
+        self.write(name, o, 4)
+    }
+
+    /// `[batch, heads, len]` to write.
+    pub fn sums_mut<'a>(&self, name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<TensorMut<'a>> {
+        self.write(name, o, 3)
+    }
+
+    /// Keys or values of a page, to read: a tensor, or `(codes, params)`.
+    pub fn side<'a>(&self, name: &str, o: &'a Bound<'_, PyAny>, axis: Axis) -> PyResult<Side<'a>> {
+        let Ok(pair) = o.cast::<PyTuple>() else { return Ok(Side::Dense(self.rows(name, o)?)) };
+        let c = self.compact(name, pair)?;
+        // SAFETY: the arrays were checked against their storages, which the tuple's tensors keep alive; a tuple can't
+        // change.
+        let made = unsafe {
+            BytesRef::from_raw(name, c.rows.ptr, c.rows.bytes, Byte, c.shape, c.stride).and_then(|rows| {
+                let (shape, stride) = (c.params_shape, c.params_stride);
+                let params =
+                    TensorRef::from_raw(&c.params_name, c.params.ptr, c.params.bytes, c.params_dtype, shape, stride)?;
+                CompactRef::new(name, c.codes, axis, rows, params)
+            })
+        };
+        Ok(Side::Compact(made.map_err(raise)?))
+    }
+
+    /// Keys or values of a page, to write.
+    pub fn side_mut<'a>(&self, name: &str, o: &'a Bound<'_, PyAny>, axis: Axis) -> PyResult<SideMut<'a>> {
+        let Ok(pair) = o.cast::<PyTuple>() else { return Ok(SideMut::Dense(self.rows_mut(name, o)?)) };
+        let c = self.compact(name, pair)?;
+        if !(c.rows.writeable && c.params.writeable) {
+            return Err(raise(Error::value(name, "a writeable array", "a read-only one")));
+        }
+        // SAFETY: as in `side`; the caller hands over a page that nobody else uses meanwhile.
+        let made = unsafe {
+            BytesMut::from_raw(name, c.rows.ptr, c.rows.bytes, Byte, c.shape, c.stride).and_then(|rows| {
+                let (shape, stride) = (c.params_shape, c.params_stride);
+                let params =
+                    TensorMut::from_raw(&c.params_name, c.params.ptr, c.params.bytes, c.params_dtype, shape, stride)?;
+                CompactMut::new(name, c.codes, axis, rows, params)
+            })
+        };
+        Ok(SideMut::Compact(made.map_err(raise)?))
+    }
+
+    /// The two arrays of compact keys or values, from `(codes, params)`.
+    fn compact(&self, name: &str, o: &Bound<'_, PyTuple>) -> PyResult<CompactArrays> {
+        if o.len() != 2 {
+            return Err(raise(Error::value(name, "(codes, params)", format!("a tuple of {}", o.len()))));
+        }
+        let rows = Array::new(name, &o.get_item(0)?, self)?;
+        let Kind::Code(codes) = rows.kind else {
+            return Err(raise(Error::type_(name, "codes of int8, uint8 or float8_e4m3fn", rows.kind.name())));
+        };
+        if rows.shape.len() != 4 {
+            let got = format!("shape {:?}", rows.shape);
+            return Err(raise(Error::value(name, "[batch, kv_heads, tokens, width]", got)));
+        }
+        let (mut shape, mut stride) = ([0; 4], [0; 4]);
+        shape.copy_from_slice(&rows.shape);
+        stride.copy_from_slice(&rows.stride);
+        let params_name = format!("{name} params");
+        let params = Array::new(&params_name, &o.get_item(1)?, self)?;
+        let (params_dtype, params_shape, params_stride) = params.rank4(&params_name, 4, PARAMS).map_err(raise)?;
+        Ok(CompactArrays { codes, rows, shape, stride, params_name, params, params_dtype, params_shape, params_stride })
+    }
+
+    /// The address of int64 values on a device, of a shape that the caller looks at, contiguous.
+    #[cfg(feature = "cuda")]
+    pub fn int64_address(&self, name: &str, o: &Bound<'_, PyAny>) -> PyResult<(u64, Vec<usize>)> {
+        let a = Array::new(name, o, self)?;
+        if a.kind != Kind::I64 {
+            return Err(raise(Error::type_(name, "int64", a.kind.name())));
+        }
+        let n: usize = a.shape.iter().product();
+        let mut run = 1;
+        for (size, stride) in a.shape.iter().zip(&a.stride).rev() {
+            if *size != 1 && *stride != run {
+                return Err(raise(Error::value(name, "a contiguous tensor", format!("strides {:?}", a.stride))));
+            }
+            run *= size;
+        }
+        Ok((if n == 0 { 0 } else { a.ptr as u64 }, a.shape))
+    }
+
+    /// Address and bytes of a contiguous uint8 tensor on a device.
+    #[cfg(feature = "cuda")]
+    pub fn workspace(&self, name: &str, o: &Bound<'_, PyAny>) -> PyResult<(u64, usize)> {
+        let a = Array::new(name, o, self)?;
+        if a.kind != Kind::Code(Codes::Int4) || a.shape.len() != 1 || (a.shape[0] > 1 && a.stride[0] != 1) {
+            return Err(raise(Error::type_(name, "contiguous bytes, uint8 [n]", format!("shape {:?}", a.shape))));
+        }
+        Ok((a.ptr as u64, a.shape[0]))
+    }
+}
+
+/// Codes and params as they came, not yet a view.
+struct CompactArrays {
+    codes: Codes,
+    rows: Array,
+    shape: [usize; 4],
+    stride: [usize; 4],
+    params_name: String,
+    params: Array,
+    params_dtype: DType,
+    params_shape: [usize; 4],
+    params_stride: [usize; 4],
 }
 
 const PARAMS: &str = "params of rank 4";
@@ -379,7 +464,7 @@ fn values<T: Copy>(name: &str, a: &Array) -> Result<Vec<T>> {
 
 /// int64 values and their shape, from a tensor or an array.
 pub fn int64s(name: &str, o: &Bound<'_, PyAny>) -> PyResult<(Vec<i64>, Vec<usize>)> {
-    let a = Array::new(name, o)?;
+    let a = Array::new(name, o, &HOST)?;
     if a.kind != Kind::I64 {
         return Err(raise(Error::type_(name, "int64", a.kind.name())));
     }
@@ -388,7 +473,7 @@ pub fn int64s(name: &str, o: &Bound<'_, PyAny>) -> PyResult<(Vec<i64>, Vec<usize
 
 /// float64 values of a vector, from a tensor or an array.
 pub fn float64s(name: &str, o: &Bound<'_, PyAny>) -> PyResult<Vec<f64>> {
-    let a = Array::new(name, o)?;
+    let a = Array::new(name, o, &HOST)?;
     if a.kind != Kind::F64 {
         return Err(raise(Error::type_(name, "float64", a.kind.name())));
     }
@@ -400,7 +485,7 @@ pub fn float64s(name: &str, o: &Bound<'_, PyAny>) -> PyResult<Vec<f64>> {
 
 /// The bytes of a contiguous tensor or array, for measuring how fast they can be read.
 pub fn bytes<'a>(name: &str, o: &'a Bound<'_, PyAny>) -> PyResult<&'a [u8]> {
-    let a = Array::new(name, o)?;
+    let a = Array::new(name, o, &HOST)?;
     let n: usize = a.shape.iter().product();
     if span(&a.shape, &a.stride) != Some(n) {
         return Err(raise(Error::value(name, "a contiguous tensor", format!("strides {:?}", a.stride))));
