@@ -12,6 +12,7 @@ RESULTS.md, raw.jsonl and log.txt in --out are up to date at every moment.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import os
 import shlex
@@ -23,6 +24,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+FAKE = "LLAMA1M_GPU_FAKE_DRIVER"
 
 
 def main() -> int:
@@ -159,20 +161,21 @@ def write_results(out: Path) -> None:
 
 
 def fake_driver() -> dict[str, str]:
-    """Builds the driver that runs kernels on the CPU; the environment that makes processes find it."""
+    """Builds the driver that runs kernels on the CPU; the environment by which children find it."""
     built = subprocess.run(
         [sys.executable, "tests/cuda/build.py", "--driver"], cwd=ROOT, capture_output=True, text=True
     )
     if built.returncode != 0:
         raise SystemExit(f"tests/cuda/build.py --driver failed:\n{built.stdout}{built.stderr}")
-    folder = built.stdout.strip().splitlines()[-1]
-    return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, [folder, os.environ.get("LD_LIBRARY_PATH")]))}
+    return {FAKE: os.path.join(built.stdout.strip().splitlines()[-1], "libcuda.so.1")}
 
 
 # -- the child: one section -------------------------------------------------------------------------------------------------
 
 
 def child(args: argparse.Namespace, out: Path) -> int:
+    if args.dry_run and FAKE in os.environ:
+        ctypes.CDLL(os.environ[FAKE])  # first: whoever asks for libcuda.so.1 after this gets it
     import torch
 
     from .environment import facts
