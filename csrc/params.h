@@ -46,3 +46,30 @@ struct Attn {                    // attention_any, attention_sm80, attention_sm9
     uint64_t part_out, part_lse;
     Page page[MAX_PAGES];
 };
+
+constexpr int MAX_PARTIALS = 32;  // of one list; splits of a workspace may be any number
+constexpr int MAX_PAIRS = 128;    // of elements that rotate: head_dim / 2
+
+struct Merge {                    // merge_*
+    View out;                     // [batch, heads, len, head_dim]
+    uint64_t lse;                 // float32, or 0
+    int64_t lse_stride[3];        // of batch rows, heads and queries, in bytes
+    int32_t batch, heads, len, head_dim;
+    int32_t out_dtype, in_dtype;
+    int32_t count;                // partials
+    int32_t is_list;              // whether `outs` and `lses` are in use; else partials lie `split_stride` apart
+    int64_t split_stride, lse_split_stride;
+    View outs[MAX_PARTIALS];      // is_list 0: the first of them
+    View lses[MAX_PARTIALS];      // float32 [batch, heads, len]; row_stride: of queries
+};
+
+struct Rope {                     // rope_*
+    View q, k, q_out, k_out;      // [batch, heads, len, head_dim]; k: kv_heads 0 where there is none
+    uint64_t positions;           // int64 [len] or [batch, len], contiguous
+    int64_t position_stride;      // from batch row to batch row, in elements: len or 0
+    int32_t batch, q_heads, kv_heads, len;
+    int32_t q_dim, k_dim;         // head_dim of q and of k
+    int32_t pairs;                // that rotate: elements d and d + pairs
+    float scaling;                // multiplies cos and sin
+    uint64_t turns[MAX_PAIRS];    // of a token, in 2^-64 turns (src/rope.rs)
+};
