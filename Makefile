@@ -1,7 +1,7 @@
 # Everyday commands. PYTHON is the interpreter of the environment you work in (make venv makes one).
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: help venv build cubins wheel test test-rust test-python test-isa compat lint format types bench demo ci clean
+.PHONY: help venv build cubins wheel test test-rust test-python test-isa test-cuda test-gpu compat lint format types bench demo ci clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,6 +35,15 @@ test-isa: ## the operations' tests and cargo's, once per ISA level of this machi
 	    LLAMA1M_ISA=$$level $(PYTHON) -m pytest -q tests/python/test_attention.py tests/python/test_rope.py tests/python/test_merge.py tests/python/test_fuzz_ops.py tests/python/test_kv_formats.py || exit 1; \
 	    LLAMA1M_ISA=$$level cargo test || exit 1; \
 	done
+
+test-cuda: ## the CUDA kernels without a GPU: emulated, with planted bugs, through NVRTC, behind a driver that is none
+	$(PYTHON) tests/cuda/build.py --run
+	$(PYTHON) tests/cuda/mutations.py
+	$(PYTHON) -m pytest -q tests/python/test_cuda_gates.py
+	$(PYTHON) -m tests.gpu --dry-run
+
+test-gpu: ## all that needs a GPU, from the installed package; see tests/gpu/OWED.md
+	$(PYTHON) -m tests.gpu
 
 compat: ## the suite on the oldest versions supported, in an environment of its own
 	.ci/run oldest
