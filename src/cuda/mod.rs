@@ -3,9 +3,11 @@
 //! Kernels are in `csrc/`; `kernels` says which there are, `cubin` where their machine code comes from, `launch` gives them
 //! to torch's stream. All memory is torch's; nothing here allocates on a device or waits for one.
 
+pub mod attention;
 pub mod cubin;
 pub mod driver;
 pub mod kernels;
 pub mod launch;
 pub mod nvrtc;
 pub mod params;
+pub mod views;

@@ -1,7 +1,6 @@
 //! `csrc/params.h`, byte for byte: what a kernel is told.
 
-/// Tokens that share a scale of K; channels that share a scale of V.
-pub use crate::quant::GROUP;
+use crate::dtype::DType;
 
 /// Pages of one launch, at most: more are several launches, merged.
 pub const MAX_PAGES: usize = 12;
@@ -98,4 +97,90 @@ pub struct Attn {
     pub part_lse: u64,
     /// The pages.
     pub page: [Page; MAX_PAGES],
+}
+
+/// Partials of one list, at most; splits of a workspace may be any number.
+pub const MAX_PARTIALS: usize = 32;
+/// Pairs of elements that rotate, at most.
+pub const MAX_PAIRS: usize = 128;
+
+/// A call of `merge`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Merge {
+    /// `[batch, heads, len, head_dim]`.
+    pub out: View,
+    /// float32; 0: not wanted.
+    pub lse: u64,
+    /// Bytes between its batch rows, heads and queries.
+    pub lse_stride: [i64; 3],
+    /// Batch rows.
+    pub batch: i32,
+    /// Heads.
+    pub heads: i32,
+    /// Queries.
+    pub len: i32,
+    /// Elements of a row.
+    pub head_dim: i32,
+    /// See [`dtype`].
+    pub out_dtype: i32,
+    /// Of the partials.
+    pub in_dtype: i32,
+    /// Partials.
+    pub count: i32,
+    /// Whether `outs` and `lses` are in use; else partials lie `split_stride` apart.
+    pub is_list: i32,
+    /// Bytes between outs.
+    pub split_stride: i64,
+    /// Bytes between lses.
+    pub lse_split_stride: i64,
+    /// The partials, or the first of them.
+    pub outs: [View; MAX_PARTIALS],
+    /// float32 `[batch, heads, len]`.
+    pub lses: [View; MAX_PARTIALS],
+}
+
+/// A call of `rope_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Rope {
+    /// `[batch, heads, len, head_dim]`.
+    pub q: View,
+    /// Likewise; `kv_heads` is 0 where there is none.
+    pub k: View,
+    /// Where to.
+    pub q_out: View,
+    /// Where to.
+    pub k_out: View,
+    /// int64 `[len]` or `[batch, len]` on the device.
+    pub positions: u64,
+    /// Elements from batch row to batch row: len or 0.
+    pub position_stride: i64,
+    /// Batch rows.
+    pub batch: i32,
+    /// Heads of q.
+    pub q_heads: i32,
+    /// Heads of k.
+    pub kv_heads: i32,
+    /// Tokens.
+    pub len: i32,
+    /// Elements of a row of q.
+    pub q_dim: i32,
+    /// Elements of a row of k.
+    pub k_dim: i32,
+    /// Pairs that rotate.
+    pub pairs: i32,
+    /// Multiplies cos and sin.
+    pub scaling: f32,
+    /// Of a token, in 2^-64 turns.
+    pub turns: [u64; MAX_PAIRS],
+}
+
+/// The number of a dtype in `params.h`.
+pub fn dtype(d: DType) -> i32 {
+    match d {
+        DType::F32 => 0,
+        DType::BF16 => 1,
+        DType::F16 => 2,
+    }
 }

@@ -1,0 +1,185 @@
+//! Attention on a GPU: which kernel, how many launches, how much workspace.
+
+use super::kernels::{self, MERGE, MERGE_ROWS};
+use super::launch::{Context, param};
+use super::params::{Attn, MAX_PAGES, Merge, Page, View, dtype};
+use super::views::{self, Bounds};
+use crate::args::Problem;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// Where a workspace's parts begin: a multiple of so many bytes.
+pub const ALIGN: usize = 256;
+
+/// Which kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// The fastest that serves the call.
+    Auto,
+    /// `attention_any`.
+    Any,
+}
+
+impl Path {
+    /// From its name.
+    ///
+    /// # Errors
+    /// When there is no such path.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "any" => Ok(Self::Any),
+            _ => Err(Error::value("path", "auto or any", name)),
+        }
+    }
+}
+
+/// A call that is planned: launches, and what lies where in the workspace.
+struct Plan {
+    /// Pages of each launch.
+    launches: Vec<Vec<Page>>,
+    /// Bytes of a launch's partial out and lse, 0 where one launch does it all.
+    out_bytes: usize,
+    lse_bytes: usize,
+}
+
+impl Plan {
+    fn new(p: &Problem) -> Self {
+        let pages = views::pages(p);
+        let launches: Vec<Vec<Page>> = if pages.is_empty() {
+            vec![Vec::new()] // nothing to see: out is to become 0
+        } else {
+            pages.chunks(MAX_PAGES).map(<[Page]>::to_vec).collect()
+        };
+        let rows = if launches.len() > 1 { p.batch * p.q_heads * p.q_len } else { 0 };
+        Self {
+            launches,
+            out_bytes: (rows * p.head_dim * 4).next_multiple_of(ALIGN),
+            lse_bytes: (rows * 4).next_multiple_of(ALIGN),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.launches.len() * (self.out_bytes + self.lse_bytes)
+    }
+}
+
+/// Bytes of workspace that [`attention`] wants.
+pub fn workspace_bytes(p: &Problem) -> usize {
+    Plan::new(p).bytes()
+}
+
+/// Exact attention of q over the visible keys. Memory is the device's; `workspace`: address and bytes.
+///
+/// # Errors
+/// When the call is too large for a launch, the workspace too small, or the driver refuses.
+///
+/// # Safety
+/// All views, bounds and the workspace are memory of `cx.device`, valid until the stream has come to its end.
+pub unsafe fn attention(
+    p: &Problem,
+    bounds: Bounds,
+    workspace: Option<(u64, usize)>,
+    path: Path,
+    cx: &Context,
+) -> Result<()> {
+    let _ = path; // one kernel so far
+    if p.batch * p.q_heads * p.q_len == 0 {
+        return Ok(());
+    }
+    for (name, n) in [("kv_len", p.kv_len), ("q_len", p.q_len)] {
+        if n > 1 << 30 {
+            return Err(Error::value(name, "at most 2^30 on a GPU", n));
+        }
+    }
+    let plan = Plan::new(p);
+    let (at, given) = workspace.unwrap_or_default();
+    if given < plan.bytes() || !(at as usize).is_multiple_of(ALIGN) {
+        let want = format!("{} bytes at a multiple of {ALIGN}", plan.bytes());
+        return Err(Error::value("workspace", want, format!("{given} bytes at {at:#x}")));
+    }
+    let call = views::attn(p, bounds);
+    let (outs, lses) = (at, at + (plan.launches.len() * plan.out_bytes) as u64);
+    for (n, pages) in plan.launches.iter().enumerate() {
+        let mut call = Attn { pages: pages.len() as i32, ..call };
+        call.page[..pages.len()].copy_from_slice(pages);
+        if plan.launches.len() > 1 {
+            call.out = contiguous(p, outs + (n * plan.out_bytes) as u64, p.head_dim);
+            call.out_f32 = 1;
+            call.lse = lses + (n * plan.lse_bytes) as u64;
+        }
+        // SAFETY: the caller's promise; the parameter is what the kernels' signature says.
+        unsafe { any(p, &call, cx)? }
+    }
+    if plan.launches.len() > 1 {
+        let parts =
+            Splits { outs, lses, count: plan.launches.len(), out_stride: plan.out_bytes, lse_stride: plan.lse_bytes };
+        // SAFETY: as above; the partials are in the workspace.
+        unsafe { join(p, &parts, cx)? }
+    }
+    Ok(())
+}
+
+fn shape(p: &Problem) -> String {
+    format!("q [{}, {}, {}, {}], {} keys of {} heads", p.batch, p.q_heads, p.q_len, p.head_dim, p.kv_len, p.kv_heads)
+}
+
+unsafe fn any(p: &Problem, call: &Attn, cx: &Context) -> Result<()> {
+    let tiles = p.q_len.div_ceil(kernels::ANY_QUERIES);
+    let grid = [tiles, p.q_heads, p.batch].map(|n| n as u32);
+    // SAFETY: the caller's promise.
+    unsafe { cx.launch(kernels::ATTENTION_ANY.of(p.q.dtype()), grid, &mut [param(call)], &|| shape(p)) }
+}
+
+/// Rows `[batch, q_heads, q_len, width]` of float32, one after the other.
+fn contiguous(p: &Problem, ptr: u64, width: usize) -> View {
+    let row = 4 * width as i64;
+    let head = row * p.q_len as i64;
+    View { ptr, batch_stride: head * p.q_heads as i64, head_stride: head, row_stride: row }
+}
+
+/// Partials in a workspace.
+#[derive(Debug, Clone, Copy)]
+pub struct Splits {
+    /// float32 `[batch, q_heads, q_len, head_dim]`, the first.
+    pub outs: u64,
+    /// float32 `[batch, q_heads, q_len]`, the first.
+    pub lses: u64,
+    /// How many.
+    pub count: usize,
+    /// Bytes between outs.
+    pub out_stride: usize,
+    /// Bytes between lses.
+    pub lse_stride: usize,
+}
+
+/// Merges partials into the call's out and lse.
+///
+/// # Errors
+/// When the driver refuses.
+///
+/// # Safety
+/// As [`attention`].
+pub unsafe fn join(p: &Problem, parts: &Splits, cx: &Context) -> Result<()> {
+    let mut call = Merge {
+        out: (&p.out).into(),
+        lse: p.lse.as_ref().map_or(0, |l| l.start() as u64),
+        lse_stride: p.lse.as_ref().map_or([0; 3], |l| l.byte_strides().map(|s| s as i64)),
+        batch: p.batch as i32,
+        heads: p.q_heads as i32,
+        len: p.q_len as i32,
+        head_dim: p.head_dim as i32,
+        out_dtype: dtype(p.out.dtype()),
+        in_dtype: dtype(DType::F32),
+        count: parts.count as i32,
+        is_list: 0,
+        split_stride: parts.out_stride as i64,
+        lse_split_stride: parts.lse_stride as i64,
+        ..Merge::default()
+    };
+    call.outs[0] = contiguous(p, parts.outs, p.head_dim);
+    call.lses[0] = contiguous(p, parts.lses, 1);
+    let rows = (p.batch * p.q_heads * p.q_len).div_ceil(MERGE_ROWS);
+    // SAFETY: the caller's promise.
+    unsafe { cx.launch(&MERGE, [rows as u32, 1, 1], &mut [param(&call)], &|| shape(p)) }
+}
