@@ -301,23 +301,40 @@ PRIM void ldmatrix_x4(uint32_t (&r)[4], uint32_t a) {
             }
     });
 }
-PRIM void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+PRIM void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t a) {
+    struct A {
+        uint32_t* r;
+        uint32_t a;
+    } me{r, a};
+    cpu::meet(cpu::my_warp(), 32, cpu::cur->id & 31, SHIM_OP, &me, "ldmatrix.trans", [](void** s) {
+        for (int m = 0; m < 4; m++)
+            for (int row = 0; row < 8; row++) {
+                const uint8_t* p = cpu::sm(((A*)s[m * 8 + row])->a, 16, 16);
+                for (int column = 0; column < 8; column++)
+                    std::memcpy((uint8_t*)&((A*)s[column * 4 + row / 2])->r[m] + row % 2 * 2, p + column * 2, 2);
+            }
+    });
+}
+namespace cpu {
+// Inputs are 16 bits wide, read by `number`. Sums are float32: the order of a tensor core's is its own affair.
+template <float (*number)(uint16_t)>
+inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const void* op) {
     struct M {
         float* d;
         const uint32_t* a;
         uint32_t b[2];
     } me{d, a, {b0, b1}};
-    cpu::meet(cpu::my_warp(), 32, cpu::cur->id & 31, SHIM_OP, &me, "mma", [](void** s) {
+    meet(my_warp(), 32, cur->id & 31, op, &me, "mma", [](void** s) {
         float A[16][16], B[16][8], D[16][8];
         for (int l = 0; l < 32; l++) {
             M* t = (M*)s[l];
             int g = l >> 2, q = (l & 3) * 2;
             for (int r = 0; r < 4; r++)
                 for (int h = 0; h < 2; h++)
-                    A[g + (r & 1) * 8][q + (r >> 1) * 8 + h] = cpu::bf((uint16_t)(t->a[r] >> (16 * h)));
+                    A[g + (r & 1) * 8][q + (r >> 1) * 8 + h] = number((uint16_t)(t->a[r] >> (16 * h)));
             for (int r = 0; r < 2; r++)
                 for (int h = 0; h < 2; h++)
-                    B[q + r * 8 + h][g] = cpu::bf((uint16_t)(t->b[r] >> (16 * h)));
+                    B[q + r * 8 + h][g] = number((uint16_t)(t->b[r] >> (16 * h)));
             for (int r = 0; r < 4; r++)
                 D[g + (r >> 1) * 8][q + (r & 1)] = t->d[r];
         }
@@ -333,10 +350,35 @@ PRIM void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
         }
     });
 }
+inline float half(uint16_t bits) {
+    _Float16 h;
+    std::memcpy(&h, &bits, 2);
+    return (float)h;
+}
+}  // namespace cpu
+PRIM void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    cpu::mma_16x8x16<cpu::bf>(d, a, b0, b1, SHIM_OP);
+}
+PRIM void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    cpu::mma_16x8x16<cpu::half>(d, a, b0, b1, SHIM_OP);
+}
 PRIM void cp_async16(uint32_t dst, const void* src) {
     uint8_t* p = cpu::sm(dst, 16, 16);
     SHIM_CHECK(((uintptr_t)src & 15) == 0, "cp.async source not 16-byte aligned");
     auto op = [p, src] { std::memcpy(p, src, 16); };
+    if (cpu::blk->now())
+        op();
+    else
+        cpu::cur->cp_open.push_back(op);
+}
+PRIM void cp_async16_zfill(uint32_t dst, const void* src, int bytes) {
+    uint8_t* p = cpu::sm(dst, 16, 16);
+    SHIM_CHECK(((uintptr_t)src & 15) == 0, "cp.async source not 16-byte aligned");
+    SHIM_CHECK(bytes >= 0 && bytes <= 16, "cp.async of more than 16 bytes");
+    auto op = [p, src, bytes] {
+        std::memset(p, 0, 16);
+        std::memcpy(p, src, bytes);
+    };
     if (cpu::blk->now())
         op();
     else
@@ -373,6 +415,12 @@ PRIM float shfl_xor(float v, int m) {
 PRIM float ex2(float x) { return std::exp2(x); }
 PRIM float fmax_(float a, float b) { return a > b ? a : b; }
 PRIM uint32_t pack_bf16(float lo, float hi) { return cpu::to_bf(lo) | (uint32_t)cpu::to_bf(hi) << 16; }
+PRIM uint32_t pack_f16(float lo, float hi) {
+    const _Float16 h[2] = {(_Float16)lo, (_Float16)hi};
+    uint32_t bits;
+    std::memcpy(&bits, h, 4);
+    return bits;
+}
 // ---- Hopper ----
 PRIM void mbar_init(uint32_t b, uint32_t n) {
     cpu::sm(b, 8, 8);
