@@ -1,12 +1,14 @@
 //! Attention on a GPU: which kernel, how many launches, how much workspace.
 
+use super::driver::Device;
 use super::kernels::{self, MERGE, MERGE_ROWS};
 use super::launch::{Context, param};
 use super::params::{Attn, MAX_PAGES, Merge, Page, View, dtype};
 use super::views::{self, Bounds};
-use crate::args::Problem;
+use crate::args::{KvRef, Problem};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::tensor::TensorRef;
 
 /// Where a workspace's parts begin: a multiple of so many bytes.
 pub const ALIGN: usize = 256;
@@ -44,17 +46,18 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(p: &Problem) -> Self {
-        let pages = views::pages(p);
+    fn new(q: &TensorRef, kv: &KvRef) -> Self {
+        let pages = views::pages(kv);
         let launches: Vec<Vec<Page>> = if pages.is_empty() {
             vec![Vec::new()] // nothing to see: out is to become 0
         } else {
             pages.chunks(MAX_PAGES).map(<[Page]>::to_vec).collect()
         };
-        let rows = if launches.len() > 1 { p.batch * p.q_heads * p.q_len } else { 0 };
+        let [batch, q_heads, q_len, head_dim] = q.shape();
+        let rows = if launches.len() > 1 { batch * q_heads * q_len } else { 0 };
         Self {
             launches,
-            out_bytes: (rows * p.head_dim * 4).next_multiple_of(ALIGN),
+            out_bytes: (rows * head_dim * 4).next_multiple_of(ALIGN),
             lse_bytes: (rows * 4).next_multiple_of(ALIGN),
         }
     }
@@ -64,9 +67,13 @@ impl Plan {
     }
 }
 
-/// Bytes of workspace that [`attention`] wants.
-pub fn workspace_bytes(p: &Problem) -> usize {
-    Plan::new(p).bytes()
+/// Bytes of workspace that [`attention`] wants for q over these keys.
+///
+/// # Errors
+/// When the path does not serve the call.
+pub fn workspace_bytes(q: &TensorRef, kv: &KvRef, out_f32: bool, path: Path, device: &Device) -> Result<usize> {
+    let _ = (out_f32, path, device); // one kernel so far
+    Ok(Plan::new(q, kv).bytes())
 }
 
 /// Exact attention of q over the visible keys. Memory is the device's; `workspace`: address and bytes.
@@ -92,7 +99,13 @@ pub unsafe fn attention(
             return Err(Error::value(name, "at most 2^30 on a GPU", n));
         }
     }
-    let plan = Plan::new(p);
+    if let Some(lse) = &p.lse
+        && lse.byte_strides()
+            != crate::tensor::contiguous(lse.shape())[..3].iter().map(|s| 4 * s).collect::<Vec<_>>()[..]
+    {
+        return Err(Error::value("lse", "a contiguous tensor", format!("strides of {:?} bytes", lse.byte_strides())));
+    }
+    let plan = Plan::new(&p.q, &p.kv);
     let (at, given) = workspace.unwrap_or_default();
     if given < plan.bytes() || !(at as usize).is_multiple_of(ALIGN) {
         let want = format!("{} bytes at a multiple of {ALIGN}", plan.bytes());

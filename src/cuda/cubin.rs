@@ -163,6 +163,18 @@ fn packed(source: &str, capability: (i32, i32)) -> Option<Vec<u8>> {
     None
 }
 
+/// Architectures that the wheel carries cubins for.
+pub fn packed_archs() -> Vec<String> {
+    let Some(text) = setup().packed.and_then(|f| std::fs::read_to_string(f.join("hashes.txt")).ok()) else {
+        return Vec::new();
+    };
+    let file = |line: &str| line.split(' ').next().and_then(|f| f.split('.').nth(1)).map(String::from);
+    let mut archs: Vec<String> = text.lines().filter_map(file).collect();
+    archs.sort();
+    archs.dedup();
+    archs
+}
+
 fn kept(place: &Path) -> Option<Vec<u8>> {
     let mut bytes = std::fs::read(place).ok()?;
     let body = bytes.len().checked_sub(8)?;

@@ -1,7 +1,7 @@
 //! Validated views as kernels take them.
 
 use super::params::{Attn, Page, Side, View};
-use crate::args::{self, Problem};
+use crate::args::{self, KvRef, Problem};
 use crate::quant::{Codes, CompactMut};
 use crate::tensor::{Unit, ViewMut, ViewRef};
 
@@ -50,14 +50,14 @@ impl From<&CompactMut<'_>> for Side {
 }
 
 /// Pages in use.
-pub fn pages(p: &Problem) -> Vec<Page> {
+pub fn pages(kv: &KvRef) -> Vec<Page> {
     let page = |(k, v, first, tokens): (&args::Side, &args::Side, usize, usize)| Page {
         k: k.into(),
         v: v.into(),
         first: first as i32,
         tokens: tokens as i32,
     };
-    p.kv.pages().map(page).collect()
+    kv.pages().map(page).collect()
 }
 
 /// First and last visible key of each batch row, as device addresses of int64 `[batch]`; 0: none.

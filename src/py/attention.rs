@@ -53,17 +53,8 @@ pub fn attention(
         _ => return Err(raise(Error::value("path", "auto, prefill or decode", path))),
     };
     let (k_pages, v_pages) = (tensor::items(k)?, tensor::items(v)?);
-    let view = |name: &str, pages: &[Bound<'_, PyAny>], i: usize| {
-        if pages.len() == 1 { name.to_string() } else { format!("{name}[{i}]") }
-    };
-    let mut ks = Vec::with_capacity(k_pages.len());
-    for (i, o) in k_pages.iter().enumerate() {
-        ks.push(HOST.side(&view("k", &k_pages, i), o, Axis::Channel)?);
-    }
-    let mut vs = Vec::with_capacity(v_pages.len());
-    for (i, o) in v_pages.iter().enumerate() {
-        vs.push(HOST.side(&view("v", &v_pages, i), o, Axis::Token)?);
-    }
+    let ks = tensor::sides(&HOST, "k", &k_pages, Axis::Channel)?;
+    let vs = tensor::sides(&HOST, "v", &v_pages, Axis::Token)?;
     let held: usize = vs.iter().map(|p| p.shape()[2]).sum();
     let q = HOST.rows("q", q)?;
     let out = HOST.rows_mut("out", out)?;

@@ -1,6 +1,8 @@
 //! The door to Python: turns tensors into views, calls an operation without the GIL, turns errors into exceptions.
 
 mod attention;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod kv;
 mod probe;
@@ -50,5 +52,14 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(probe::isa_levels, m)?)?;
     m.add_function(wrap_pyfunction!(probe::peak_flops, m)?)?;
     m.add_function(wrap_pyfunction!(probe::read_seconds, m)?)?;
+    #[cfg(feature = "cuda")]
+    {
+        m.add_function(wrap_pyfunction!(cuda::cuda_attention, m)?)?;
+        m.add_function(wrap_pyfunction!(cuda::cuda_attention_workspace, m)?)?;
+        m.add_function(wrap_pyfunction!(cuda::cuda_info, m)?)?;
+        m.add_function(wrap_pyfunction!(cuda::cuda_set_up, m)?)?;
+        m.add_function(wrap_pyfunction!(cuda::cuda_sources, m)?)?;
+        m.add_function(wrap_pyfunction!(cuda::nvrtc_compile, m)?)?;
+    }
     Ok(())
 }

@@ -389,6 +389,12 @@ impl Memory {
         Ok(CompactArrays { codes, rows, shape, stride, params_name, params, params_dtype, params_shape, params_stride })
     }
 
+    /// The number of the GPU, once a tensor has come.
+    #[cfg(feature = "cuda")]
+    pub fn ordinal(&self) -> Option<i32> {
+        if let Self::Device { ordinal, .. } = self { ordinal.get() } else { None }
+    }
+
     /// The address of int64 values on a device, of a shape that the caller looks at, contiguous.
     #[cfg(feature = "cuda")]
     pub fn int64_address(&self, name: &str, o: &Bound<'_, PyAny>) -> PyResult<(u64, Vec<usize>)> {
@@ -429,6 +435,13 @@ struct CompactArrays {
     params_dtype: DType,
     params_shape: [usize; 4],
     params_stride: [usize; 4],
+}
+
+/// Keys or values of pages; a single one is called `name`, several `name[i]`.
+pub fn sides<'a>(memory: &Memory, name: &str, pages: &'a [Bound<'_, PyAny>], axis: Axis) -> PyResult<Vec<Side<'a>>> {
+    let one = pages.len() == 1;
+    let called = |i: usize| if one { name.to_string() } else { format!("{name}[{i}]") };
+    pages.iter().enumerate().map(|(i, o)| memory.side(&called(i), o, axis)).collect()
 }
 
 const PARAMS: &str = "params of rank 4";
