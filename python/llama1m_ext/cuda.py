@@ -47,11 +47,6 @@ def serves(tensor: Any) -> bool:
     return tensor.is_cuda or (_host_memory and tensor.device.type == "cpu")
 
 
-def is_gpu(device: torch.device) -> bool:
-    """Whether tensors on this device take the GPU's path."""
-    return device.type == "cuda" or (_host_memory and device.type == "cpu")
-
-
 def waits(device: torch.device) -> bool:
     """Whether reading a number from this device means waiting for all the work that was given to it."""
     return device.type != "cpu"

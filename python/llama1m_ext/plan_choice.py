@@ -155,7 +155,7 @@ def choose_on_gpu(
                 return Choice(storage, worst, True, why)
         if offload == "host":
             return found
-    return choose(shape, work, gpu, kv, "disk", kv_memory, used)
+    return choose(shape, work, gpu, kv, offload, kv_memory, used)
 
 
 def _pages(shape: Shape, work: Work, storage: Storage, available: int | None, kv_memory: int | None, used: int) -> int:

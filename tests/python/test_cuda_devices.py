@@ -6,6 +6,7 @@ So whatever a call of the model asks of a GPU's numbers raises, but for the ques
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 import warnings
 
@@ -22,14 +23,24 @@ from llama1m_ext import (
     cuda,
     intervals,
     memory,
+    offload,
     ops,
     placement,
+    plan_bytes,
+    plan_call,
+    plan_choice,
+    plan_shape,
     prefill,
     progress,
     questions,
     rope,
+    saved,
+    tensorfile,
     testing,
+    tokens,
 )
+from llama1m_ext.formats import Page
+from llama1m_ext.stored import StoredPage
 
 CONFIG = testing.tiny_model().config
 ONE, TWO = torch.device("cuda:0"), torch.device("cuda:1")
@@ -377,3 +388,129 @@ def test_a_prefill_waits_for_all_of_it(asked, events, monkeypatch):
             model(ids, past_key_values=cache)
         assert cache.get_seq_length() == 1000
         assert sum(page.size for page in cache.layers[0].pages[:1]) >= 1000
+
+
+# -- plans ---------------------------------------------------------------------------------------------------------------
+
+SHAPE = plan_shape.shape_of("gradientai/Llama-3-8B-Instruct-Gradient-1048k")[1]
+
+
+def test_room_in_pages_is_memory_on_a_gpu():
+    work = plan_bytes.Work(4096, gpu=True, chunk=512)
+    room = plan_bytes.room_bytes(SHAPE, "model", 4096)
+    for phase in plan_bytes.peaks(SHAPE, work, plan_bytes.Storage()):
+        whole = phase.phase in ("logits", "generating")
+        assert phase.parts["room"] == room if whole else 0.9 * room < phase.parts["room"] <= room
+    for phase in plan_bytes.peaks(SHAPE, dataclasses.replace(work, gpu=False), plan_bytes.Storage()):
+        assert "room" not in phase.parts
+
+
+def test_workspace_on_a_gpu_is_what_long_prompts_and_compact_histories_take():
+    work = plan_bytes.Work(1000, gpu=True, chunk=512)
+    least = plan_bytes.workspace_bytes(SHAPE, work, plan_bytes.Storage())
+    long = dataclasses.replace(work, tokens=100_000)
+    assert plan_bytes.workspace_bytes(SHAPE, long, plan_bytes.Storage()) - least == 512 * SHAPE.q_dim * 4
+    later = dataclasses.replace(work, past=1000)
+    assert plan_bytes.workspace_bytes(SHAPE, later, plan_bytes.Storage()) == least
+    assert plan_bytes.workspace_bytes(SHAPE, later, plan_bytes.Storage("int8")) - least == 2 * 1000 * SHAPE.kv_dim * 2
+
+
+def test_what_a_gpu_has_no_room_for_goes_to_the_host_and_then_to_the_disk():
+    work = plan_bytes.Work(100_000, gpu=True, chunk=512)
+    whole = plan_bytes.peak(SHAPE, work, plan_bytes.Storage()).bytes
+    small = plan_bytes.peak(SHAPE, work, plan_bytes.Storage("int4")).bytes
+    pages = plan_bytes.kv_bytes(SHAPE, "model", 100_000)
+
+    def chosen(gpu, host, **more):
+        found = plan_choice.choose_on_gpu(SHAPE, work, gpu, host, **more)
+        return found.storage.kv, found.storage.offload, found.fits
+
+    assert chosen(2 * whole, 0) == ("model", None, True)
+    assert chosen(int(1.06 * small), 0) == ("int4", None, True)
+    assert chosen(int(0.99 * small), pages) == ("model", "host", True)
+    assert chosen(int(0.99 * small), pages // 2)[1:] == ("host", True)
+    assert chosen(int(0.99 * small), 0)[:2] == ("int4", "disk")
+    assert chosen(2 * whole, pages, offload="disk")[1] == "disk"
+    assert chosen(int(0.99 * small), pages, offload=None)[1:] == (None, False)
+    assert chosen(2 * whole, pages, kv="model", kv_memory=pages // 4) == ("model", "host", True)
+    host = plan_choice.choose_on_gpu(SHAPE, work, 2 * whole, pages, kv="model", kv_memory=pages // 4).storage
+    assert host.kv_memory == pages // 4
+
+
+def test_a_plan_for_all_devices_is_the_most_careful_one():
+    storage = plan_bytes.Storage
+    one = storage("int8/int4", "host", 7 << 20)
+    assert plan_call._for_all([one]) == one
+    assert plan_call._for_all([storage("model"), storage("int8")]) == storage("int8")
+    assert plan_call._for_all([storage("int4", None), one]) == storage("int4", "host", 14 << 20)
+    assert plan_call._for_all([storage("fp8"), storage("fp8")]) == storage("fp8")
+
+
+def test_a_prompt_is_refused_where_one_of_the_gpus_is_full(asked, monkeypatch):
+    monkeypatch.setattr(plan_call, "SMALL", 0)
+    free = {ONE: 1 << 40, TWO: 1 << 40}
+    monkeypatch.setattr(memory, "_of_gpu", free.__getitem__)
+    model = model_on(ONE, TWO)
+    llama1m_ext.set_options(model, chunk=128, offload=None, progress=False)
+    cache, ids = LongCache(), torch.zeros(1, 1000, dtype=torch.long, device=ONE)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        free[TWO] = 100_000
+        with pytest.raises(llama1m_ext.DoesNotFit, match="available"):
+            model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 1000
+
+
+# -- what was kept elsewhere -------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_cache_goes_to_the_devices_of_its_layers(tmp_path, monkeypatch):
+    model = testing.tiny_model()
+    cache = LongCache(kv="int8")
+    with torch.no_grad():
+        model(testing.random_ids(1, 700), past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    free = {ONE: 1 << 30, TWO: 10}
+    monkeypatch.setattr(memory, "_of_gpu", free.__getitem__)
+    loaded = saved.load(tmp_path / "cache", model)
+    assert all(layer.kind.device.type == "cpu" for layer in loaded.layers)
+    for layer in loaded.layers:
+        for page in layer.pages:
+            page.load() if isinstance(page, StoredPage) else None  # whose bytes are checked the first time
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layers = [torch.nn.Linear(1, 1, device=device) for device in (ONE, TWO)]
+        inner = types.SimpleNamespace(embed_tokens=torch.nn.Embedding(1, 1, device=ONE), layers=layers)
+        saved._place(loaded, inner)
+    assert [layer.kind.device for layer in loaded.layers] == [ONE, TWO]
+    first, second = (layer.pages for layer in loaded.layers)
+    assert all(t.device == ONE for page in first for t in page.tensors().values())
+    assert any(isinstance(page, StoredPage) for page in second), "there is no room for it"
+    assert all(t.device == TWO for page in second if isinstance(page, Page) for t in page.tensors().values())
+
+
+def test_tensors_come_from_a_gpu_in_blocks(monkeypatch):
+    monkeypatch.setattr(tensorfile, "_FETCH", 40)
+    x = torch.arange(33, dtype=torch.float32)
+    parts = list(tensorfile._fetched(x))
+    assert [part.numel() for part in parts] == [10, 10, 10, 3]
+    assert torch.equal(torch.cat(parts), x)
+
+
+def test_ids_of_a_cache_follow_the_model():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        seen = tokens.Seen()
+        seen.append(torch.zeros(1, 5, dtype=torch.long), 0)
+        seen.append(torch.zeros(1, 2, dtype=torch.long, device=ONE), 5)
+        assert seen.ids.device == ONE
+        assert seen.ids.shape == (1, 7)
+
+
+def test_bounds_of_rows_are_read_from_a_gpu_once(monkeypatch):
+    x = torch.tensor([3, 7])
+    assert offload._bounds(x) == (3, 7)
+    x[0] = 1
+    assert offload._bounds(x) == (1, 7), "on the CPU they may change"
+    with FakeTensorMode():
+        far = torch.empty(2, dtype=torch.long, device=ONE)
+    far._llama1m_bounds = (1, 2)
+    assert offload._bounds(far) == (1, 2)
