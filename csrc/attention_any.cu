@@ -83,11 +83,12 @@ PRIM void attention_any(const Attn& p) {
             UNROLL for (int r = 0; r < QUERIES; r++) {
                 const float keep = decay[r];
                 UNROLL for (int c = 0; c < COLUMNS; c++) {
-                    float sum = o[r][c] * keep;
+                    // By itself first: one sum over all keys would lose three times as much as torch's at 8192 of them.
+                    float sum = 0.f;
                     const int d = thread + c * THREADS;
                     if (d < d_len)
                         for (int j = 0; j < n; j++) sum = fma_rn(weights[r * KEYS + j], kv[j * PITCH + d], sum);
-                    o[r][c] = sum;
+                    o[r][c] = fma_rn(o[r][c], keep, sum);
                 }
             }
         }
