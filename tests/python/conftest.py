@@ -16,6 +16,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # as long. Read by libgomp when torch loads it, which is after this.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+DRIVER = os.environ.get("LLAMA1M_TEST_DRIVER")
+"""A libcuda.so.1 that runs the kernels on the CPU (tests/cuda/build.py --driver): all calls of `ops` go through it then."""
+
+
+_over = contextlib.ExitStack()
+
+
+def pytest_configure() -> None:
+    if DRIVER:
+        import ctypes
+        import types
+
+        ctypes.CDLL(DRIVER, mode=ctypes.RTLD_GLOBAL)  # whoever asks for libcuda.so.1 gets this one
+        from llama1m_ext import cuda, ops
+
+        _over.enter_context(cuda.over_host_memory())
+        ops._core = types.SimpleNamespace()  # nothing falls back on the CPU's engine unseen
+
 
 @contextlib.contextmanager
 def stock() -> Iterator[None]:
