@@ -17,6 +17,7 @@ typedef long long int64_t;
 #include <cstdint>
 #endif
 #define PRIM static __device__ __forceinline__
+#define MEMBER __device__ __forceinline__
 #define KERNEL(threads, minblocks) extern "C" __global__ void __launch_bounds__(threads, minblocks)
 #define DYN_SMEM(name) extern __shared__ __align__(1024) uint8_t name[]
 #define UNROLL _Pragma("unroll")
@@ -83,6 +84,36 @@ PRIM uint32_t pack_f16(float lo, float hi) {
     uint32_t r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
     return r;
+}
+// Bytes of a (0 to 3) and b (4 to 7), chosen by the nibbles of `selector`.
+PRIM uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+// Pairs of 16-bit numbers, each rounded on its own.
+PRIM uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x3f803f80), "r"(b));
+    return r;
+}
+PRIM uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000));
+    return r;
+}
+PRIM uint32_t add_f16x2(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+PRIM uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+PRIM bool vote_any(bool x) { return __any_sync(0xffffffffu, x); }
+PRIM void warp_sync() { __syncwarp(); }
+// As cp_async16_zfill, 4 or 8 bytes: these go through the first-level cache.
+template <int BYTES>
+PRIM void cp_async_small_zfill(uint32_t dst, const void* src, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(BYTES), "r"(bytes) : "memory");
 }
 // float16 and bfloat16 as bits.
 PRIM float half_to_float(uint16_t bits) {

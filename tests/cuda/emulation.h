@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 #define PRIM static inline
+#define MEMBER inline
 #define KERNEL(threads, minblocks) extern "C" void
 #define __grid_constant__
 #define UNROLL

@@ -1,0 +1,252 @@
+// Prefill attention on mma.sync and cp.async, for sm_80 and whatever came after: after FlashAttention-2 (Dao, 2307.08691).
+//
+// A block of 4 warps has BLOCK_Q queries of one head, 32 a warp: each fragment of K and V that a warp loads from shared memory
+// serves two tiles of 16 rows, without which shared memory would be the limit. While S = Q K^T is computed, V of the same block is on
+// its way; while O += P V is, K of the next one. P never leaves registers: the accumulator of one product is the operand of the other.
+//
+//   grid: x = (head of the group fastest, then tiles of queries, the last first: under a causal mask they take longest),
+//         y = key heads, z = batch
+//   THREADS 128, dynamic shared memory: SMEM_BYTES<head_dim> = 66 KB for 128, 34 KB for 64; two blocks on a multiprocessor
+// Dense pages only; rows 16-byte aligned; scale > 0. NaN in a key or value that only causality hides may reach the queries before it
+// in the same block; what kv_start, kv_end and kv_len hide is never read.
+#include "elements.cuh"
+#include "mask.cuh"
+#include "segment.cuh"
+
+constexpr int THREADS = 128, WARPS = 4, BLOCK_Q = 128, BLOCK_KV = 64;
+constexpr int TILES = BLOCK_Q / WARPS / 16;  // of 16 queries, of a warp
+template <int D>
+constexpr int SMEM_BYTES = (BLOCK_Q + 2 * BLOCK_KV) * D * 2 + BLOCK_Q * 16;
+constexpr float LN2 = 0.6931471805599453f;
+
+// Where 16 bytes (8 channels) of a row lie in a tile: the rows of an 8x8 matrix meet different banks.
+template <int D>
+PRIM uint32_t chunk_at(uint32_t tile, int row, int chunk) {
+    return tile + row * (D * 2) + ((chunk ^ (row & 7)) << 4);
+}
+// From a lane's place in the first 16 channels of a tile (128-byte aligned) to the one in 16 channels `d`: a step that costs no
+// register of its own.
+PRIM uint32_t channels_at(uint32_t place, int d) { return (place ^ ((d & 3) << 5)) + (d >> 2) * 128; }
+
+// Starts copying ROWS rows to shared memory; those from n on become zeros, and nothing is read for them.
+template <int D, int ROWS>
+PRIM void load_rows(uint32_t tile, uint64_t rows, int64_t stride, int n) {
+    constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
+    static_assert(STEP % 8 == 0, "steps keep a row's place in the swizzle");
+    const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    const uint32_t to = chunk_at<D>(tile, row, chunk);
+    uint64_t from = rows + row * stride + chunk * 16;
+    UNROLL for (int i = 0; i < ROWS; i += STEP) {
+        cp_async16_zfill(to + i * (D * 2), (const void*)from, row + i < n ? 16 : 0);
+        from += STEP * stride;
+    }
+}
+
+// What becomes of sums relative to the maximum `from` when the maximum is `to`.
+PRIM float decay(float from, float to, float scale) { return to == -INF ? 1.f : ex2((from - to) * scale); }
+
+template <bool BF16_>
+PRIM void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (BF16_)
+        mma_m16n8k16_bf16(d, a, b0, b1);
+    else
+        mma_m16n8k16_f16(d, a, b0, b1);
+}
+
+template <bool BF16_>
+PRIM uint32_t pack(float lo, float hi) {
+    return BF16_ ? pack_bf16(lo, hi) : pack_f16(lo, hi);
+}
+
+// The keys that a block of queries goes over, BLOCK_KV at a time, page by page.
+struct Walk {
+    int page, key, stop;  // in which page; the first key of the block; one past the last one that is wanted from that page
+    int n;                // keys of this block; 0: there are no more
+
+    MEMBER void enter(const Attn& p, int lo, int end) {
+        for (; page < p.pages; page++) {
+            const int first = p.page[page].first, last = first + p.page[page].tokens;
+            key = lo > first ? lo : first;
+            stop = end < last ? end : last;
+            if (key < stop) break;
+        }
+        settle(p);
+    }
+    MEMBER void next(const Attn& p, int lo, int end) {
+        key += BLOCK_KV;
+        if (key < stop) {
+            settle(p);
+        } else {
+            page++;
+            enter(p, lo, end);
+        }
+    }
+    MEMBER void settle(const Attn& p) {
+        n = page == p.pages ? 0 : stop - key < BLOCK_KV ? stop - key : BLOCK_KV;
+    }
+};
+
+template <int D>
+PRIM void load_side(uint32_t tile, const View& rows, const Walk& at, int first, int b, int kv_head) {
+    load_rows<D, BLOCK_KV>(tile, row_address(rows, b, kv_head, at.key - first), rows.row_stride, at.n);
+    cp_async_commit();
+}
+
+// S = Q K^T of a warp's tiles.
+template <bool BF16_, int D>
+PRIM void scores(float (&s)[TILES][BLOCK_KV / 8][4], uint32_t q, uint32_t k, int warp, int lane) {
+    UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int n = 0; n < BLOCK_KV / 8; n++) UNROLL for (int i = 0; i < 4; i++)
+        s[t][n][i] = 0.f;
+    const uint32_t q_place = chunk_at<D>(q, warp * TILES * 16 + lane % 16, lane / 16);
+    const uint32_t k_place = chunk_at<D>(k, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    UNROLL for (int d = 0; d < D / 16; d++) {
+        uint32_t a[TILES][4];
+        UNROLL for (int t = 0; t < TILES; t++) ldmatrix_x4(a[t], channels_at(q_place, d) + t * 16 * D * 2);
+        UNROLL for (int n = 0; n < BLOCK_KV / 16; n++) {
+            uint32_t b[4];  // two tiles of 8 keys
+            ldmatrix_x4(b, channels_at(k_place, d) + n * 16 * D * 2);
+            UNROLL for (int t = 0; t < TILES; t++) {
+                mma<BF16_>(s[t][2 * n], a[t], b[0], b[1]);
+                mma<BF16_>(s[t][2 * n + 1], a[t], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Scores of keys that a query does not see, or that are beyond the block, become -inf.
+PRIM void mask(float (&s)[TILES][BLOCK_KV / 8][4], const Attn& p, Interval row, int q0, const Walk& at, int lane) {
+    UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int r = 0; r < 2; r++) {
+        const int seen = query_end(p, row, q0 + t * 16 + r * 8 + lane / 4), stop = at.key + at.n;
+        const int end = (seen < stop ? seen : stop) - at.key - lane % 4 * 2;
+        UNROLL for (int n = 0; n < BLOCK_KV / 8; n++) UNROLL for (int c = 0; c < 2; c++)
+            if (n * 8 + c >= end) s[t][n][2 * r + c] = -INF;
+    }
+}
+
+// O += P V of a warp's tiles; P is rounded to the dtype of V here.
+template <bool BF16_, int D>
+PRIM void weigh(float (&o)[TILES][D / 2], const float (&s)[TILES][BLOCK_KV / 8][4], uint32_t v, int lane) {
+    const uint32_t v_place = chunk_at<D>(v, lane % 16, lane / 16);
+    UNROLL for (int k = 0; k < BLOCK_KV / 16; k++) {
+        uint32_t a[TILES][4];
+        UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int i = 0; i < 4; i++)
+            a[t][i] = pack<BF16_>(s[t][2 * k + i / 2][i % 2 * 2], s[t][2 * k + i / 2][i % 2 * 2 + 1]);
+        UNROLL for (int d = 0; d < D / 16; d++) {
+            uint32_t b[4];  // two tiles of 8 channels
+            ldmatrix_x4_trans(b, channels_at(v_place, d) + k * 16 * D * 2);
+            UNROLL for (int t = 0; t < TILES; t++) {
+                mma<BF16_>((float(&)[4])o[t][d * 8], a[t], b[0], b[1]);
+                mma<BF16_>((float(&)[4])o[t][d * 8 + 4], a[t], b[2], b[3]);
+            }
+        }
+    }
+}
+
+template <bool BF16_, int D>
+PRIM void attention_sm80(const Attn& p) {
+    DYN_SMEM(smem);
+    const uint32_t q = smem_u32(smem), k = q + BLOCK_Q * D * 2, v = k + BLOCK_KV * D * 2;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int group = p.q_heads / p.kv_heads, kv_head = blockIdx.y, b = blockIdx.z;
+    const int head = kv_head * group + blockIdx.x % group;
+    const int q0 = (int)(gridDim.x / group - 1 - blockIdx.x / group) * BLOCK_Q;  // of the block
+    const int q_warp = q0 + warp * TILES * 16;
+    const Interval row = row_interval(p, b);
+    const int last = q0 + BLOCK_Q < p.q_len ? q0 + BLOCK_Q - 1 : p.q_len - 1;
+    const int end = query_end(p, row, last), whole = query_end(p, row, q0);  // keys before `whole` are seen by every query
+
+    float o[TILES][D / 2], m[TILES][2], l[TILES][2];
+    UNROLL for (int t = 0; t < TILES; t++) {
+        UNROLL for (int i = 0; i < D / 2; i++) o[t][i] = 0.f;
+        UNROLL for (int r = 0; r < 2; r++) {
+            m[t][r] = -INF;
+            l[t][r] = 0.f;
+        }
+    }
+    const int64_t first_row = ((int64_t)b * p.q_heads + head) * p.q_len;
+    // The maxima that `total` is relative to, this thread's own: there are no registers left for them.
+    float* const m_total = (float*)(smem + (BLOCK_Q + 2 * BLOCK_KV) * D * 2) + threadIdx.x * TILES * 2;
+    int held = 0;        // keys whose outputs are in o
+    bool begun = false;  // others are in total
+
+    Walk at{0, 0, 0, 0};
+    at.enter(p, row.lo, end);
+    load_rows<D, BLOCK_Q>(q, row_address(p.q, b, head, q0), p.q.row_stride, p.q_len - q0);
+    if (at.n) load_side<D>(k, p.page[at.page].k.rows, at, p.page[at.page].first, b, kv_head);
+    while (at.n) {
+        cp_async_wait<0>();
+        block_sync();  // K is there, and nobody reads the last V any more
+        load_side<D>(v, p.page[at.page].v.rows, at, p.page[at.page].first, b, kv_head);
+        if (p.total && held + BLOCK_KV > SEGMENT) {
+            UNROLL for (int t = 0; t < TILES; t++) {
+                const float keep[2] = {decay(m_total[2 * t], m[t][0], p.scale), decay(m_total[2 * t + 1], m[t][1], p.scale)};
+                fold(o[t], total_rows(p.total, first_row, q_warp + t * 16, p.q_len, D, lane), keep, begun);
+                UNROLL for (int r = 0; r < 2; r++) m_total[2 * t + r] = m[t][r];
+            }
+            begun = true;
+            held = 0;
+        }
+        float s[TILES][BLOCK_KV / 8][4];
+        scores<BF16_, D>(s, q, k, warp, lane);
+        if (at.n < BLOCK_KV || at.key + BLOCK_KV > whole) mask(s, p, row, q_warp, at, lane);
+        held += BLOCK_KV;
+        UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int r = 0; r < 2; r++) {
+            float most = m[t][r];
+            UNROLL for (int n = 0; n < BLOCK_KV / 8; n++) UNROLL for (int c = 0; c < 2; c++)
+                most = fmax_(most, s[t][n][2 * r + c]);
+            most = fmax_(most, shfl_xor(most, 1));
+            most = fmax_(most, shfl_xor(most, 2));
+            const float keep = decay(m[t][r], most, p.scale), base = most == -INF ? 0.f : most * p.scale;
+            m[t][r] = most;
+            float sum = 0.f;
+            UNROLL for (int n = 0; n < BLOCK_KV / 8; n++) UNROLL for (int c = 0; c < 2; c++) {
+                s[t][n][2 * r + c] = ex2(fma_rn(s[t][n][2 * r + c], p.scale, -base));
+                sum += s[t][n][2 * r + c];
+            }
+            l[t][r] = l[t][r] * keep + sum;  // of this thread's columns
+            UNROLL for (int i = 0; i < D / 2; i += 4) {
+                o[t][i + 2 * r] *= keep;
+                o[t][i + 2 * r + 1] *= keep;
+            }
+        }
+        cp_async_wait<0>();
+        block_sync();  // V is there, and nobody reads K any more
+        at.next(p, row.lo, end);
+        if (at.n) load_side<D>(k, p.page[at.page].k.rows, at, p.page[at.page].first, b, kv_head);
+        weigh<BF16_, D>(o, s, v, lane);
+    }
+    cp_async_wait<0>();
+
+    UNROLL for (int t = 0; t < TILES; t++) {
+        if (begun) {
+            const float keep[2] = {decay(m_total[2 * t], m[t][0], p.scale), decay(m_total[2 * t + 1], m[t][1], p.scale)};
+            unfold(o[t], total_rows(p.total, first_row, q_warp + t * 16, p.q_len, D, lane), keep);
+        }
+        UNROLL for (int r = 0; r < 2; r++) {
+            float sum = l[t][r];
+            sum += shfl_xor(sum, 1);
+            sum += shfl_xor(sum, 2);
+            const int query = q_warp + t * 16 + r * 8 + lane / 4;
+            if (query >= p.q_len) continue;
+            const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+            if (p.lse && lane % 4 == 0)
+                ((float*)p.lse)[first_row + query] = sum == 0.f ? -INF : (m[t][r] * p.scale + lg2(sum)) * LN2;
+            const uint64_t out = row_address(p.out, b, head, query);
+            UNROLL for (int i = 0; i < D / 8; i++) {
+                const float x = o[t][4 * i + 2 * r] * inverse, y = o[t][4 * i + 2 * r + 1] * inverse;
+                const int column = i * 8 + lane % 4 * 2;
+                if (p.out_f32) {
+                    ((float*)out)[column] = x;
+                    ((float*)out)[column + 1] = y;
+                } else {
+                    ((uint32_t*)out)[column / 2] = pack<BF16_>(x, y);
+                }
+            }
+        }
+    }
+}
+
+KERNEL(THREADS, 2) attention_sm80_bf16_d64(PARAM Attn p) { attention_sm80<true, 64>(p); }
+KERNEL(THREADS, 2) attention_sm80_bf16_d128(PARAM Attn p) { attention_sm80<true, 128>(p); }
+KERNEL(THREADS, 2) attention_sm80_f16_d64(PARAM Attn p) { attention_sm80<false, 64>(p); }
+KERNEL(THREADS, 2) attention_sm80_f16_d128(PARAM Attn p) { attention_sm80<false, 128>(p); }
