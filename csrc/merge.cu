@@ -1,81 +1,108 @@
 // Joins partials (out_i, lse_i) over disjoint keys: lse = ln sum exp(lse_i), out = sum exp(lse_i - lse) out_i, in float32.
 // As src/softmax.rs: a partial whose lse is -inf is not read, a NaN is not hidden.
 //
-// A warp has a row, its lanes the elements. Memory-bound: each partial is read once.
+// Memory-bound: each partial is read once, N elements a lane and access. Two forms of one function:
+//   merge        few partials of many rows (prefill): a warp has a row
+//   merge_splits many partials of few rows (decode): a block has a row, its warps every fourth partial each
 //
-//   grid: x = rows of batch, heads and queries, ROWS to a block; THREADS 128, no shared memory
-#include "elements.cuh"
+//   grid: x = rows of batch, heads and queries, WARPS to a block of `merge`, one to a block of `merge_splits`
+//   THREADS 128, dynamic shared memory SMEM_BYTES
+#include "vectors.cuh"
 
-constexpr int THREADS = 128, ROWS = THREADS / 32, WIDE = 4;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr int THREADS = 128, WARPS = THREADS / 32, WIDE = 4;
+constexpr int SMEM_BYTES = THREADS * WIDE * 4;
+static_assert(SMEM_BYTES == 2048, "src/cuda/kernels.rs has the same");
 
-PRIM float element_of(int dtype, uint64_t row, int d) {
-    return dtype == F32 ? load_element<F32>(row, d) : dtype == BF16 ? load_element<BF16>(row, d) : load_element<F16>(row, d);
-}
-
-PRIM void store_of(int dtype, uint64_t row, int d, float x) {
+template <int N>
+PRIM void load_any(int dtype, uint64_t row, int d, float (&x)[N]) {
     if (dtype == F32)
-        store_element<F32>(row, d, x);
+        load_elements<F32, N>(row, d, x);
     else if (dtype == BF16)
-        store_element<BF16>(row, d, x);
+        load_elements<BF16, N>(row, d, x);
     else
-        store_element<F16>(row, d, x);
+        load_elements<F16, N>(row, d, x);
 }
 
-PRIM uint64_t partial_row(const View& v, int64_t apart, int b, int h, int i) { return row_address(v, b, h, i) + apart; }
+template <int N>
+PRIM void store_any(int dtype, uint64_t row, int d, const float (&x)[N]) {
+    if (dtype == F32)
+        store_elements<F32, N>(row, d, x);
+    else if (dtype == BF16)
+        store_elements<BF16, N>(row, d, x);
+    else
+        store_elements<F16, N>(row, d, x);
+}
 
-KERNEL(THREADS, 4) merge(PARAM Merge p) {
-    const int lane = threadIdx.x % 32;
-    const int64_t row = (int64_t)blockIdx.x * ROWS + threadIdx.x / 32;
-    if (row >= (int64_t)p.batch * p.heads * p.len) return;  // a warp as a whole
-    const int i = (int)(row % p.len), h = (int)(row / p.len % p.heads), b = (int)(row / p.len / p.heads);
-    auto lse_of = [&](int n) {
-        const View& v = p.lses[p.is_list ? n : 0];
-        return *(const float*)partial_row(v, p.is_list ? 0 : n * p.lse_split_stride, b, h, i);
-    };
+struct Place {
+    int b, h, i;
+};
 
+PRIM float lse_of(const Merge& p, Place at, int n) {
+    const uint64_t first = row_address(p.lses[p.is_list ? n : 0], at.b, at.h, at.i);
+    return *(const float*)(first + (p.is_list ? 0 : n * p.lse_split_stride));
+}
+
+PRIM uint64_t out_of(const Merge& p, Place at, int n) {
+    return row_address(p.outs[p.is_list ? n : 0], at.b, at.h, at.i) + (p.is_list ? 0 : n * p.split_stride);
+}
+
+// The larger one; a NaN is larger than anything.
+PRIM float top_of(float a, float b) { return b > a || b != b ? b : a; }
+
+template <int WARPS_OF_ROW, int N>
+PRIM void merge_row(const Merge& p, int64_t row, float* shared) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS_OF_ROW;
+    const Place at = {(int)(row / p.len / p.heads), (int)(row / p.len % p.heads), (int)(row % p.len)};
+
+    // Every warp of the row knows the whole sum: it is small, and all of them need it.
     float top = -INF;
-    bool broken = false;  // a NaN
-    for (int n = lane; n < p.count; n += 32) {
-        const float s = lse_of(n);
-        broken |= s != s;
-        top = fmax_(top, s);
-    }
-    float bad = broken ? 1.f : 0.f;
-    UNROLL for (int x = 16; x; x /= 2) {
-        top = fmax_(top, shfl_xor(top, x));
-        bad = fmax_(bad, shfl_xor(bad, x));
-    }
-    if (bad != 0.f) top = bits_float(0x7fc00000);
+    for (int n = lane; n < p.count; n += 32) top = top_of(top, lse_of(p, at, n));
+    UNROLL for (int x = 16; x; x /= 2) top = top_of(top, shfl_xor(top, x));
     const bool empty = top == -INF;
     float sum = 0.f;
-    for (int n = lane; n < p.count; n += 32) {
-        const float s = lse_of(n);
-        sum += empty ? 0.f : ex2((s - top) * LOG2E);
-    }
+    if (!empty)
+        for (int n = lane; n < p.count; n += 32) sum += expf(lse_of(p, at, n) - top);
     UNROLL for (int x = 16; x; x /= 2) sum += shfl_xor(sum, x);
     const float inverse = empty ? 0.f : 1.f / sum;
+    if (p.lse && warp == 0 && lane == 0)
+        *(float*)(p.lse + at.b * p.lse_stride[0] + at.h * p.lse_stride[1] + at.i * p.lse_stride[2]) =
+            empty ? -INF : top + logf(sum);
 
-    const uint64_t out = row_address(p.out, b, h, i);
-    for (int d0 = 0; d0 < p.head_dim; d0 += 32 * WIDE) {
-        float acc[WIDE];
-        UNROLL for (int w = 0; w < WIDE; w++) acc[w] = 0.f;
-        if (!empty)
-            for (int n = 0; n < p.count; n++) {
-                const float weight = ex2((lse_of(n) - top) * LOG2E) * inverse;
-                if (weight == 0.f) continue;  // all lanes alike
-                const uint64_t from = partial_row(p.outs[p.is_list ? n : 0], p.is_list ? 0 : n * p.split_stride, b, h, i);
-                UNROLL for (int w = 0; w < WIDE; w++) {
-                    const int d = d0 + w * 32 + lane;
-                    if (d < p.head_dim) acc[w] = fma_rn(element_of(p.in_dtype, from, d), weight, acc[w]);
-                }
+    const uint64_t out = row_address(p.out, at.b, at.h, at.i);
+    for (int d0 = 0; d0 < p.head_dim; d0 += 32 * N) {
+        const int d = d0 + lane * N;
+        float acc[N];
+        UNROLL for (int e = 0; e < N; e++) acc[e] = 0.f;
+        if (!empty && d < p.head_dim)
+            for (int n = warp; n < p.count; n += WARPS_OF_ROW) {
+                const float weight = expf(lse_of(p, at, n) - top) * inverse;
+                if (weight == 0.f) continue;  // its out may be anything
+                float x[N];
+                load_any<N>(p.in_dtype[p.is_list ? n : 0], out_of(p, at, n), d, x);
+                UNROLL for (int e = 0; e < N; e++) acc[e] = fma_rn(x[e], weight, acc[e]);
             }
-        UNROLL for (int w = 0; w < WIDE; w++) {
-            const int d = d0 + w * 32 + lane;
-            if (d < p.head_dim) store_of(p.out_dtype, out, d, acc[w]);
+        if constexpr (WARPS_OF_ROW > 1) {
+            block_sync();  // the sums of the last round have been read
+            UNROLL for (int e = 0; e < N; e++) shared[threadIdx.x * N + e] = acc[e];
+            block_sync();
+            if (warp != 0) continue;
+            UNROLL for (int w = 1; w < WARPS_OF_ROW; w++)
+                UNROLL for (int e = 0; e < N; e++) acc[e] += shared[(w * 32 + lane) * N + e];
         }
+        if (d < p.head_dim) store_any<N>(p.out_dtype, out, d, acc);
     }
-    if (lane == 0 && p.lse)
-        *(float*)(p.lse + b * p.lse_stride[0] + h * p.lse_stride[1] + i * p.lse_stride[2]) =
-            empty ? -INF : top + LN2 * lg2(sum);
 }
+
+template <int WARPS_OF_ROW>
+PRIM void merge_rows(const Merge& p) {
+    DYN_SMEM(smem);
+    const int64_t row = (int64_t)blockIdx.x * (WARPS / WARPS_OF_ROW) + threadIdx.x / 32 / WARPS_OF_ROW;
+    if (row >= (int64_t)p.batch * p.heads * p.len) return;  // all warps of the row
+    if (p.wide)
+        merge_row<WARPS_OF_ROW, WIDE>(p, row, (float*)smem);
+    else
+        merge_row<WARPS_OF_ROW, 1>(p, row, (float*)smem);
+}
+
+KERNEL(THREADS, 4) merge(PARAM Merge p) { merge_rows<1>(p); }
+KERNEL(THREADS, 4) merge_splits(PARAM Merge p) { merge_rows<WARPS>(p); }

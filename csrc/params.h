@@ -50,26 +50,52 @@ struct Attn {                    // attention_any, attention_sm80, attention_sm9
 constexpr int MAX_PARTIALS = 32;  // of one list; splits of a workspace may be any number
 constexpr int MAX_PAIRS = 128;    // of elements that rotate: head_dim / 2
 
-struct Merge {                    // merge_*
+// `wide` below: whether every row begins at a multiple of 16 bytes, and consists of whole ones.
+
+struct Merge {                    // merge
     View out;                     // [batch, heads, len, head_dim]
     uint64_t lse;                 // float32, or 0
     int64_t lse_stride[3];        // of batch rows, heads and queries, in bytes
     int32_t batch, heads, len, head_dim;
-    int32_t out_dtype, in_dtype;
+    int32_t out_dtype;
     int32_t count;                // partials
-    int32_t is_list;              // whether `outs` and `lses` are in use; else partials lie `split_stride` apart
+    int32_t is_list;              // whether all of `outs` and `lses` are in use; else partials lie `split_stride` apart
+    int32_t wide;                 // whether 4 elements of any row begin at a multiple of their size
     int64_t split_stride, lse_split_stride;
     View outs[MAX_PARTIALS];      // is_list 0: the first of them
     View lses[MAX_PARTIALS];      // float32 [batch, heads, len]; row_stride: of queries
+    int32_t in_dtype[MAX_PARTIALS];
+};
+static_assert(sizeof(Merge) == 112 + 2 * 32 * MAX_PARTIALS + 4 * MAX_PARTIALS, "src/cuda/params.rs has the same");
+
+struct Rotation {                 // elements d and d + pairs of a row turn by position * turns[d]
+    uint64_t positions;           // int64 [len] or [batch, len], contiguous, on the device
+    int64_t position_stride;      // from batch row to batch row, in elements: len or 0
+    int32_t pairs;                // 0: no rotation
+    float scaling;                // multiplies cos and sin
+    uint64_t turns[MAX_PAIRS];    // of a token, in 2^-64 turns (src/rope.rs)
 };
 
 struct Rope {                     // rope_*
     View q, k, q_out, k_out;      // [batch, heads, len, head_dim]; k: kv_heads 0 where there is none
-    uint64_t positions;           // int64 [len] or [batch, len], contiguous
-    int64_t position_stride;      // from batch row to batch row, in elements: len or 0
-    int32_t batch, q_heads, kv_heads, len;
+    int32_t q_heads, kv_heads, len;
     int32_t q_dim, k_dim;         // head_dim of q and of k
-    int32_t pairs;                // that rotate: elements d and d + pairs
-    float scaling;                // multiplies cos and sin
-    uint64_t turns[MAX_PAIRS];    // of a token, in 2^-64 turns (src/rope.rs)
+    int32_t wide;                 // here also the second half of what rotates, and what does not
+    Rotation rotation;
+};
+
+struct Append {                   // kv_append_*
+    View k, v;                    // [batch, heads, len, head_dim]: token i becomes token at + i of the page
+    Side page_k, page_v;
+    int32_t heads, len, head_dim, at;
+    int32_t wide;                 // here also the second half of what rotates, and rows of dense pages
+    int32_t reserved;
+    Rotation rotation;            // of k
+};
+
+struct Read {                     // kv_read_*
+    View out;                     // [batch, heads, len, head_dim]: token i is token start + i of the page
+    Side side;
+    int32_t heads, len, head_dim, start;
+    int32_t is_key, wide;
 };

@@ -124,12 +124,12 @@ pub struct Merge {
     pub head_dim: i32,
     /// See [`dtype`].
     pub out_dtype: i32,
-    /// Of the partials.
-    pub in_dtype: i32,
     /// Partials.
     pub count: i32,
-    /// Whether `outs` and `lses` are in use; else partials lie `split_stride` apart.
+    /// Whether all of `outs` and `lses` are in use; else partials lie `split_stride` apart.
     pub is_list: i32,
+    /// Whether 4 elements of any row begin at a multiple of their size.
+    pub wide: i32,
     /// Bytes between outs.
     pub split_stride: i64,
     /// Bytes between lses.
@@ -138,11 +138,35 @@ pub struct Merge {
     pub outs: [View; MAX_PARTIALS],
     /// float32 `[batch, heads, len]`.
     pub lses: [View; MAX_PARTIALS],
+    /// Of the partials, or of the first; see [`dtype`].
+    pub in_dtype: [i32; MAX_PARTIALS],
+}
+
+/// How positions become phases.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Rotation {
+    /// int64 `[len]` or `[batch, len]` on the device.
+    pub positions: u64,
+    /// Elements from batch row to batch row: len or 0.
+    pub position_stride: i64,
+    /// Pairs that rotate; 0: no rotation.
+    pub pairs: i32,
+    /// Multiplies cos and sin.
+    pub scaling: f32,
+    /// Of a token, in 2^-64 turns.
+    pub turns: [u64; MAX_PAIRS],
+}
+
+impl Default for Rotation {
+    fn default() -> Self {
+        Self { positions: 0, position_stride: 0, pairs: 0, scaling: 1.0, turns: [0; MAX_PAIRS] }
+    }
 }
 
 /// A call of `rope_*`.
 #[repr(C)]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Rope {
     /// `[batch, heads, len, head_dim]`.
     pub q: View,
@@ -152,12 +176,6 @@ pub struct Rope {
     pub q_out: View,
     /// Where to.
     pub k_out: View,
-    /// int64 `[len]` or `[batch, len]` on the device.
-    pub positions: u64,
-    /// Elements from batch row to batch row: len or 0.
-    pub position_stride: i64,
-    /// Batch rows.
-    pub batch: i32,
     /// Heads of q.
     pub q_heads: i32,
     /// Heads of k.
@@ -168,12 +186,60 @@ pub struct Rope {
     pub q_dim: i32,
     /// Elements of a row of k.
     pub k_dim: i32,
-    /// Pairs that rotate.
-    pub pairs: i32,
-    /// Multiplies cos and sin.
-    pub scaling: f32,
-    /// Of a token, in 2^-64 turns.
-    pub turns: [u64; MAX_PAIRS],
+    /// Whether rows, and their parts, begin at multiples of 16 bytes.
+    pub wide: i32,
+    /// Of both.
+    pub rotation: Rotation,
+}
+
+/// A call of `kv_append_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Append {
+    /// `[batch, heads, len, head_dim]`.
+    pub k: View,
+    /// Likewise.
+    pub v: View,
+    /// Where keys go.
+    pub page_k: Side,
+    /// Where values go.
+    pub page_v: Side,
+    /// Heads.
+    pub heads: i32,
+    /// Tokens.
+    pub len: i32,
+    /// Elements of a row.
+    pub head_dim: i32,
+    /// Token of the page that the first one becomes.
+    pub at: i32,
+    /// Whether rows, and their parts, begin at multiples of 16 bytes.
+    pub wide: i32,
+    /// Padding.
+    pub reserved: i32,
+    /// Of keys.
+    pub rotation: Rotation,
+}
+
+/// A call of `kv_read_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Read {
+    /// `[batch, heads, len, head_dim]`.
+    pub out: View,
+    /// What is read.
+    pub side: Side,
+    /// Heads.
+    pub heads: i32,
+    /// Tokens.
+    pub len: i32,
+    /// Elements of a row.
+    pub head_dim: i32,
+    /// Token of the page that becomes the first one.
+    pub start: i32,
+    /// Whether the side is K.
+    pub is_key: i32,
+    /// Whether rows begin at multiples of 16 bytes.
+    pub wide: i32,
 }
 
 /// The number of a dtype in `params.h`.
