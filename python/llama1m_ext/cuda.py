@@ -76,7 +76,7 @@ def _missing(index: int) -> str | None:
     found = info()
     driver = found["driver"]
     if not driver["found"]:
-        return f"the NVIDIA driver was not found: {driver.get('why') or 'there is no libcuda.so.1'}"
+        return f"no NVIDIA driver: {driver.get('why') or 'there is no libcuda.so.1'}"
     if driver.get("fake"):
         return None
     devices = found["devices"]

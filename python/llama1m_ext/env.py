@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -61,8 +60,9 @@ def collect() -> dict[str, Any]:
     """Everything, as JSON-able values. Whatever cannot be found out is None; nothing here raises for a missing part."""
     import torch
 
-    from llama1m_ext import _core
+    from llama1m_ext import _core, cuda
 
+    of_cuda = cuda.info()
     return {
         "versions": {
             "core": _core.__version__,
@@ -83,8 +83,8 @@ def collect() -> dict[str, Any]:
             "transparent_hugepages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         },
         "memory_gib": {name: _meminfo_gib(key) for name, key in (("total", "MemTotal"), ("available", "MemAvailable"))},
-        "gpu": _gpu(torch),
-        "nvrtc": _nvrtc(),
+        "gpu": _gpu(torch, of_cuda),
+        "nvrtc": _nvrtc(of_cuda),
         "variables": {name: os.environ[name] for name in sorted(os.environ) if _wanted(name)},
     }
 
@@ -149,8 +149,15 @@ def _usable_cpus() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _gpu(torch: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"torch_cuda": torch.version.cuda, "driver": None, "devices": []}
+def _gpu(torch: Any, cuda: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "torch_cuda": torch.version.cuda,
+        "driver": None,
+        "devices": [],
+        "cuda": cuda["driver"]["version"] or cuda["driver"]["why"],
+        "kernels": cuda["cubins"],
+        "compiled_kernels": cuda["cache"],
+    }
     tool = shutil.which("nvidia-smi")
     if tool is not None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -164,18 +171,7 @@ def _gpu(torch: Any) -> dict[str, Any]:
     return found
 
 
-def _nvrtc() -> dict[str, str] | None:
-    """Where NVRTC is and which version, or None. Looks where pip puts it, then where the loader does."""
-    candidates: list[str] = []
-    for entry in sys.path:
-        candidates += sorted(str(path) for path in Path(entry or ".").glob("nvidia/*/lib/libnvrtc.so.*"))
-    candidates += ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
-    for name in candidates:
-        try:
-            library = ctypes.CDLL(name)
-            major, minor = ctypes.c_int(), ctypes.c_int()
-            if library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)) == 0:
-                return {"version": f"{major.value}.{minor.value}", "library": name}
-        except (OSError, AttributeError):
-            continue  # not there, or a library of that name without the function
-    return None
+def _nvrtc(cuda: dict[str, Any]) -> dict[str, str] | None:
+    """Which NVRTC kernels would be compiled with, and where it is, or None."""
+    found = cuda["nvrtc"]
+    return None if found["path"] is None else {"version": found["version"], "library": found["path"]}

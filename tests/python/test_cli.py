@@ -57,7 +57,8 @@ def test_env_has_what_a_bug_report_needs(monkeypatch):
     assert facts["cpu"]["isa"] in facts["cpu"]["isa_levels"] == _core.isa_levels()
     assert facts["cpu"]["usable_cpus"] >= 1
     assert facts["memory_gib"]["total"] > facts["memory_gib"]["available"] > 0
-    assert set(facts["gpu"]) == {"torch_cuda", "driver", "devices"}
+    assert set(facts["gpu"]) == {"torch_cuda", "driver", "devices", "cuda", "kernels", "compiled_kernels"}
+    assert facts["gpu"]["cuda"], "a version, or why there is none"
     assert facts["nvrtc"] is None or set(facts["nvrtc"]) == {"version", "library"}
     assert facts["variables"]["OMP_NUM_THREADS"] == "2"
     assert "hf_secret" not in answer.stdout, "people paste this into public reports"

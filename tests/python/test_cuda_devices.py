@@ -259,6 +259,14 @@ def test_what_is_missing_is_said(monkeypatch, index, changes, said):
         cuda.check(device)
 
 
+def test_this_machine_has_a_driver_or_it_is_said_that_it_has_none():
+    driver = cuda.info()["driver"]
+    why = cuda.missing(ONE)
+    assert driver["found"] or ("NVIDIA driver" in why and "libcuda.so.1" in why)
+    if not torch.cuda.is_available():
+        assert why is not None
+
+
 @pytest.mark.parametrize(
     ("arch", "capability", "fits"),
     [("sm_80", (8, 0), True), ("sm_80", (8, 9), True), ("sm_80", (9, 0), False), ("sm_90a", (9, 0), True),
