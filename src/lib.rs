@@ -6,7 +6,7 @@
 //! door         py            pyo3: tensors come in, errors go out (feature `python`)
 //! operations   attention     check once, choose the kernel
 //! engines      cpu cuda      attention_forward, attention_decode, kv_append, kv_read, rope_apply, merge_partials
-//! mathematics  args softmax tiling rope quant reference
+//! mathematics  args shapes softmax tiling rope quant reference
 //! words        error dtype tensor
 //! ```
 //!
@@ -26,6 +26,7 @@ mod py;
 pub mod quant;
 pub mod reference;
 pub mod rope;
+pub mod shapes;
 pub mod softmax;
 pub mod tensor;
 pub mod tiling;

@@ -3,27 +3,11 @@
 use super::codes::{Dequantize, Quantize};
 use super::{Context, isa, pool};
 use crate::args::{Rows, Side};
-use crate::error::{Error, Result};
-use crate::quant::{self, Axis, CompactMut, GROUP};
+use crate::error::Result;
+use crate::quant::{Axis, GROUP};
+use crate::shapes;
+pub use crate::shapes::SideMut;
 use crate::tensor::{TensorMut, TensorRef};
-
-/// Keys or values of a page, to write.
-#[derive(Debug, Clone, Copy)]
-pub enum SideMut<'a> {
-    /// `[batch, kv_heads, tokens, head_dim]`.
-    Dense(TensorMut<'a>),
-    /// Codes and scales.
-    Compact(CompactMut<'a>),
-}
-
-impl SideMut<'_> {
-    fn shape(&self) -> [usize; 4] {
-        match self {
-            Self::Dense(t) => t.shape(),
-            Self::Compact(c) => c.shape(),
-        }
-    }
-}
 
 /// Writes rows `[batch, kv_heads, n, head_dim]` at token `at` of a page.
 ///
@@ -34,28 +18,7 @@ impl SideMut<'_> {
 /// When shapes or dtypes don't fit, or `at` is no group's first token.
 pub fn kv_append(name: &str, rows: TensorRef, page: SideMut, at: usize, cx: &Context) -> Result<()> {
     let [batch, heads, n, head_dim] = rows.shape();
-    let shape = page.shape();
-    let wide = match page {
-        SideMut::Dense(t) => {
-            if t.dtype() != rows.dtype() {
-                return Err(Error::type_(name, format!("the page's dtype, {}", t.dtype().name()), rows.dtype().name()));
-            }
-            head_dim
-        }
-        SideMut::Compact(c) => {
-            if c.axis == Axis::Channel && !at.is_multiple_of(GROUP) {
-                return Err(Error::value("at", "a multiple of 64 for compact keys", at));
-            }
-            quant::width(head_dim)
-        }
-    };
-    if [batch, heads, wide] != [shape[0], shape[1], shape[3]] || head_dim == 0 {
-        let want = format!("rows that fit the page {shape:?}");
-        return Err(Error::value(name, want, format!("{:?}", rows.shape())));
-    }
-    if at.checked_add(n).is_none_or(|end| end > shape[2]) {
-        return Err(Error::value("at", format!("room for {n} tokens on a page of {}", shape[2]), at));
-    }
+    let wide = shapes::append(name, &rows, &page, at)?;
     let kernels = isa::active()?.kernels;
     let shares = n.div_ceil(GROUP);
     pool::run(cx, batch * heads * shares, 4, |task| {
@@ -99,19 +62,7 @@ pub fn kv_append(name: &str, rows: TensorRef, page: SideMut, at: usize, cx: &Con
 /// When shapes or dtypes don't fit.
 pub fn kv_read(name: &str, page: Side, start: usize, out: TensorMut, cx: &Context) -> Result<()> {
     let [batch, heads, n, head_dim] = out.shape();
-    let shape = page.shape();
-    let wide = if page.dtype().is_some() { head_dim } else { quant::width(head_dim) };
-    if let Some(dtype) = page.dtype().filter(|d| *d != out.dtype()) {
-        return Err(Error::type_(name, format!("the page's dtype, {}", dtype.name()), out.dtype().name()));
-    }
-    if [batch, heads, wide] != [shape[0], shape[1], shape[3]] || head_dim == 0 {
-        let want = format!("an output that fits the page {shape:?}");
-        return Err(Error::value(name, want, format!("{:?}", out.shape())));
-    }
-    if start.checked_add(n).is_none_or(|end| end > shape[2]) {
-        let got = format!("{n} from {start} on");
-        return Err(Error::value(name, format!("tokens on a page of {}", shape[2]), got));
-    }
+    let wide = shapes::read(name, &page, start, &out)?;
     let kernels = isa::active()?.kernels;
     let axis = if let Side::Compact(c) = page { c.axis } else { Axis::Token };
     let shares = n.div_ceil(GROUP);

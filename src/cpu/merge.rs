@@ -3,7 +3,8 @@
 use crate::cpu::vector::Vector;
 use crate::cpu::{Context, isa, pool};
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::shapes;
 use crate::softmax::merge_weights;
 use crate::tensor::{TensorMut, TensorRef};
 
@@ -45,41 +46,8 @@ pub fn merge_partials(
     lse: Option<TensorMut>,
     cx: &Context,
 ) -> Result<()> {
-    if outs.is_empty() || outs.len() != lses.len() {
-        return Err(Error::value(
-            "lses",
-            format!("as many as outs, at least one (outs has {})", outs.len()),
-            lses.len(),
-        ));
-    }
+    shapes::merge(outs, lses, &out, lse.as_ref())?;
     let shape = outs[0].shape();
-    let rows = [shape[0], shape[1], shape[2], 1];
-    for (i, (o, s)) in outs.iter().zip(lses).enumerate() {
-        if o.shape() != shape {
-            return Err(Error::value(
-                format!("outs[{i}]"),
-                format!("{shape:?} as outs[0]"),
-                format!("{:?}", o.shape()),
-            ));
-        }
-        if s.dtype() != DType::F32 {
-            return Err(Error::type_(format!("lses[{i}]"), "float32", s.dtype().name()));
-        }
-        if s.shape() != rows {
-            return Err(Error::value(
-                format!("lses[{i}]"),
-                format!("{:?}", &rows[..3]),
-                format!("{:?}", &s.shape()[..3]),
-            ));
-        }
-    }
-    if out.shape() != shape {
-        return Err(Error::value("out", format!("{shape:?}"), format!("{:?}", out.shape())));
-    }
-    if let Some(lse) = lse.as_ref().filter(|l| l.dtype() != DType::F32 || l.shape() != rows) {
-        let got = format!("{} {:?}", lse.dtype().name(), &lse.shape()[..3]);
-        return Err(Error::value("lse", format!("float32 {:?}", &rows[..3]), got));
-    }
     let kernels = isa::active()?.kernels;
     let [batch, heads, len, head_dim] = shape;
     let total = batch * heads * len;

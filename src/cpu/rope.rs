@@ -5,10 +5,8 @@ use crate::cpu::{Context, isa, pool};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::rope::{MAX_POSITION, cos_sin};
+use crate::shapes::{self, MAX_PAIRS};
 use crate::tensor::{TensorMut, TensorRef};
-
-/// Most frequencies of a head: head_dim 256.
-const MAX_HALF: usize = 128;
 
 /// The rows of one token to rotate by its position.
 pub struct Rotation<'a> {
@@ -28,7 +26,7 @@ pub struct Rotation<'a> {
 #[inline(always)]
 pub unsafe fn rotate_rows<V: Vector>(a: &Rotation) {
     let half = a.turns.len();
-    let (mut cos, mut sin) = ([0.0f32; MAX_HALF], [0.0f32; MAX_HALF]);
+    let (mut cos, mut sin) = ([0.0f32; MAX_PAIRS], [0.0f32; MAX_PAIRS]);
     cos_sin(a.pos, a.turns, a.scaling, &mut cos[..half], &mut sin[..half]);
     for (src, dst) in a.pairs {
         let [_, heads, _, head_dim] = src.shape();
@@ -106,35 +104,14 @@ pub fn rope_apply(
     scaling: f64,
     cx: &Context,
 ) -> Result<()> {
-    let Some((first, q, _)) = pairs.first() else { return Ok(()) };
+    let Some((_, q, _)) = pairs.first() else { return Ok(()) };
     let [batch, _, len, _] = q.shape();
-    if turns.is_empty() || turns.len() > MAX_HALF {
-        return Err(Error::value("inv_freq", format!("1 to {MAX_HALF} frequencies"), turns.len()));
-    }
-    if !scaling.is_finite() {
-        return Err(Error::value("attention_scaling", "a finite number", scaling));
-    }
+    shapes::rope(pairs, turns, scaling)?;
     if positions.len() != len && positions.len() != batch * len {
         return Err(Error::value("positions", format!("[{batch}, {len}], [1, {len}] or [{len}]"), positions.len()));
     }
     if let Some(p) = positions.iter().find(|p| !(0..MAX_POSITION).contains(*p)) {
         return Err(Error::value("positions", "numbers from 0 to 2^40", p));
-    }
-    for (name, src, dst) in pairs {
-        let s = src.shape();
-        if s[0] != batch || s[2] != len {
-            return Err(Error::value(name, format!("batch {batch} and len {len} as {first}"), format!("{s:?}")));
-        }
-        if s[3] < 2 * turns.len() {
-            return Err(Error::value(name, format!("head_dim of at least {} (2 x inv_freq)", 2 * turns.len()), s[3]));
-        }
-        if dst.shape() != s || dst.dtype() != src.dtype() {
-            return Err(Error::value(
-                format!("{name}_out"),
-                format!("{s:?} of {}", src.dtype().name()),
-                format!("{:?} of {}", dst.shape(), dst.dtype().name()),
-            ));
-        }
     }
     let kernels = isa::active()?.kernels;
     let views: Vec<_> = pairs.iter().map(|(_, s, d)| (*s, *d)).collect();

@@ -1,12 +1,12 @@
 //! Attention on a GPU: which kernel, how many launches, how much workspace.
 
 use super::driver::Device;
-use super::kernels::{self, MERGE, MERGE_ROWS};
+use super::kernels;
 use super::launch::{Context, param};
-use super::params::{Attn, MAX_PAGES, Merge, Page, View, dtype};
+use super::merge::{Splits, merge_splits};
+use super::params::{Attn, MAX_PAGES, Page, View};
 use super::views::{self, Bounds};
 use crate::args::{KvRef, Problem};
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::TensorRef;
 
@@ -128,7 +128,7 @@ pub unsafe fn attention(
         let parts =
             Splits { outs, lses, count: plan.launches.len(), out_stride: plan.out_bytes, lse_stride: plan.lse_bytes };
         // SAFETY: as above; the partials are in the workspace.
-        unsafe { join(p, &parts, cx)? }
+        unsafe { merge_splits(&parts, p.out, p.lse, cx)? }
     }
     Ok(())
 }
@@ -149,50 +149,4 @@ fn contiguous(p: &Problem, ptr: u64, width: usize) -> View {
     let row = 4 * width as i64;
     let head = row * p.q_len as i64;
     View { ptr, batch_stride: head * p.q_heads as i64, head_stride: head, row_stride: row }
-}
-
-/// Partials in a workspace.
-#[derive(Debug, Clone, Copy)]
-pub struct Splits {
-    /// float32 `[batch, q_heads, q_len, head_dim]`, the first.
-    pub outs: u64,
-    /// float32 `[batch, q_heads, q_len]`, the first.
-    pub lses: u64,
-    /// How many.
-    pub count: usize,
-    /// Bytes between outs.
-    pub out_stride: usize,
-    /// Bytes between lses.
-    pub lse_stride: usize,
-}
-
-/// Merges partials into the call's out and lse.
-///
-/// # Errors
-/// When the driver refuses.
-///
-/// # Safety
-/// As [`attention`].
-pub unsafe fn join(p: &Problem, parts: &Splits, cx: &Context) -> Result<()> {
-    let mut call = Merge {
-        out: (&p.out).into(),
-        lse: p.lse.as_ref().map_or(0, |l| l.start() as u64),
-        lse_stride: p.lse.as_ref().map_or([0; 3], |l| l.byte_strides().map(|s| s as i64)),
-        batch: p.batch as i32,
-        heads: p.q_heads as i32,
-        len: p.q_len as i32,
-        head_dim: p.head_dim as i32,
-        out_dtype: dtype(p.out.dtype()),
-        in_dtype: dtype(DType::F32),
-        count: parts.count as i32,
-        is_list: 0,
-        split_stride: parts.out_stride as i64,
-        lse_split_stride: parts.lse_stride as i64,
-        ..Merge::default()
-    };
-    call.outs[0] = contiguous(p, parts.outs, p.head_dim);
-    call.lses[0] = contiguous(p, parts.lses, 1);
-    let rows = (p.batch * p.q_heads * p.q_len).div_ceil(MERGE_ROWS);
-    // SAFETY: the caller's promise.
-    unsafe { cx.launch(&MERGE, [rows as u32, 1, 1], &mut [param(&call)], &|| shape(p)) }
 }

@@ -1,16 +1,26 @@
 //! The kernels: which source they are in, and the geometry of a block.
 
 use crate::dtype::DType;
+use crate::quant::GROUP;
 
 macro_rules! sources {
     ($($name:literal),* $(,)?) => { &[$(($name, include_str!(concat!("../../csrc/", $name)))),*] };
 }
 
 /// Sources that NVRTC compiles, one program each.
-pub const SOURCES: &[(&str, &str)] = sources!["attention_any.cu", "merge.cu", "rope.cu"];
+pub const SOURCES: &[(&str, &str)] = sources!["attention_any.cu", "kv.cu", "merge.cu", "rope.cu"];
 
 /// What they include, by name, in byte order of the names.
-pub const HEADERS: &[(&str, &str)] = sources!["elements.cuh", "mask.cuh", "params.h", "phase.cuh", "ptx.cuh"];
+pub const HEADERS: &[(&str, &str)] = sources![
+    "elements.cuh",
+    "encode.cuh",
+    "mask.cuh",
+    "params.h",
+    "phase.cuh",
+    "ptx.cuh",
+    "segment.cuh",
+    "vectors.cuh",
+];
 
 /// An entry point of a source.
 #[derive(Debug)]
@@ -43,27 +53,16 @@ impl ByDtype {
     }
 }
 
+const fn kernel(entry: &'static str, source: &'static str, threads: u32, smem: u32) -> Kernel {
+    Kernel { entry, source, threads, smem }
+}
+
 macro_rules! by_dtype {
-    ($name:literal, $threads:expr, $smem:expr) => {
+    ($name:literal, $source:literal, $threads:expr, $smem:expr) => {
         ByDtype {
-            f32: Kernel {
-                entry: concat!($name, "_f32"),
-                source: concat!($name, ".cu"),
-                threads: $threads,
-                smem: $smem,
-            },
-            bf16: Kernel {
-                entry: concat!($name, "_bf16"),
-                source: concat!($name, ".cu"),
-                threads: $threads,
-                smem: $smem,
-            },
-            f16: Kernel {
-                entry: concat!($name, "_f16"),
-                source: concat!($name, ".cu"),
-                threads: $threads,
-                smem: $smem,
-            },
+            f32: kernel(concat!($name, "_f32"), $source, $threads, $smem),
+            bf16: kernel(concat!($name, "_bf16"), $source, $threads, $smem),
+            f16: kernel(concat!($name, "_f16"), $source, $threads, $smem),
         }
     };
 }
@@ -71,10 +70,28 @@ macro_rules! by_dtype {
 /// Queries of a block of `attention_any`.
 pub const ANY_QUERIES: usize = 16;
 /// See `csrc/attention_any.cu`.
-pub static ATTENTION_ANY: ByDtype = by_dtype!("attention_any", 128, 4 * (16 * 257 + 32 * 257 + 16 * 32 + 16));
+pub static ATTENTION_ANY: ByDtype =
+    by_dtype!("attention_any", "attention_any.cu", 128, 4 * (16 * 257 + 32 * 257 + 16 * 32 + 16));
+
 /// Rows of a block of `merge`.
 pub const MERGE_ROWS: usize = 4;
-/// See `csrc/merge.cu`.
-pub static MERGE: Kernel = Kernel { entry: "merge", source: "merge.cu", threads: 128, smem: 0 };
+/// See `csrc/merge.cu`: a warp for each row.
+pub static MERGE: Kernel = kernel("merge", "merge.cu", 128, 2048);
+/// A block for each row.
+pub static MERGE_SPLITS: Kernel = kernel("merge_splits", "merge.cu", 128, 2048);
+
+/// Tokens of a block of `rope`.
+pub const ROPE_TOKENS: usize = 4;
 /// See `csrc/rope.cu`.
-pub static ROPE: ByDtype = by_dtype!("rope", 128, 0);
+pub static ROPE: ByDtype = by_dtype!("rope", "rope.cu", 256, 5120);
+
+/// See `csrc/kv.cu`; shared memory: what the widest rows take.
+pub static KV_APPEND: ByDtype = by_dtype!("kv_append", "kv.cu", 256, kv_smem(256));
+/// As [`KV_APPEND`].
+pub static KV_READ: ByDtype = by_dtype!("kv_read", "kv.cu", 256, kv_smem(256));
+
+/// Bytes of shared memory that `kv.cu` takes for compact rows of so many elements; 0: no compact rows.
+pub const fn kv_smem(head_dim: usize) -> u32 {
+    let width = head_dim.next_multiple_of(GROUP);
+    (3072 + if width == 0 { 0 } else { GROUP * (width + 4) * 4 }) as u32
+}

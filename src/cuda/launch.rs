@@ -37,6 +37,26 @@ impl Context {
         params: &mut [*mut c_void],
         shape: &dyn Fn() -> String,
     ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(kernel, kernel.smem, grid, params, shape) }
+    }
+
+    /// As [`Self::launch`], with as much shared memory as the call needs: at most what the kernel's table says.
+    ///
+    /// # Errors
+    /// As [`Self::launch`].
+    ///
+    /// # Safety
+    /// As [`Self::launch`].
+    pub unsafe fn launch_with(
+        &self,
+        kernel: &'static Kernel,
+        smem: u32,
+        grid: [u32; 3],
+        params: &mut [*mut c_void],
+        shape: &dyn Fn() -> String,
+    ) -> Result<()> {
+        debug_assert!(smem <= kernel.smem, "{}: {smem} bytes of shared memory", kernel.entry);
         if grid.contains(&0) {
             return Ok(());
         }
@@ -52,7 +72,7 @@ impl Context {
                     f.0,
                     (grid[0], grid[1], grid[2]),
                     (kernel.threads, 1, 1),
-                    kernel.smem,
+                    smem,
                     self.stream.0 as sys::CUstream,
                     params,
                 )

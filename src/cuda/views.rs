@@ -3,6 +3,7 @@
 use super::params::{Attn, Page, Side, View};
 use crate::args::{self, KvRef, Problem};
 use crate::quant::{Codes, CompactMut};
+use crate::shapes::SideMut;
 use crate::tensor::{Unit, ViewMut, ViewRef};
 
 fn view(ptr: u64, strides: [usize; 3]) -> View {
@@ -20,6 +21,12 @@ impl<U: Unit> From<&ViewMut<'_, U>> for View {
     fn from(t: &ViewMut<'_, U>) -> Self {
         view(t.start() as u64, t.byte_strides())
     }
+}
+
+/// Whether rows of a view begin at multiples of so many bytes.
+pub fn aligned(v: &View, bytes: usize) -> bool {
+    let strides = [v.batch_stride, v.head_stride, v.row_stride];
+    v.ptr.is_multiple_of(bytes as u64) && strides.iter().all(|s| s % bytes as i64 == 0)
 }
 
 /// The number of a format in `params.h`.
@@ -46,6 +53,15 @@ impl From<&args::Side<'_>> for Side {
 impl From<&CompactMut<'_>> for Side {
     fn from(c: &CompactMut<'_>) -> Self {
         Self { rows: (&c.rows).into(), params: (&c.params).into(), format: format(Some(c.codes)), reserved: 0 }
+    }
+}
+
+impl From<&SideMut<'_>> for Side {
+    fn from(s: &SideMut<'_>) -> Self {
+        match s {
+            SideMut::Dense(t) => Self { rows: t.into(), ..Self::default() },
+            SideMut::Compact(c) => c.into(),
+        }
     }
 }
 
