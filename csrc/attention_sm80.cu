@@ -17,6 +17,7 @@ constexpr int THREADS = 128, WARPS = 4, BLOCK_Q = 128, BLOCK_KV = 64;
 constexpr int TILES = BLOCK_Q / WARPS / 16;  // of 16 queries, of a warp
 template <int D>
 constexpr int SMEM_BYTES = (BLOCK_Q + 2 * BLOCK_KV) * D * 2 + BLOCK_Q * 16;
+constexpr int FAR = 1 << 30;  // beyond any key
 constexpr float LN2 = 0.6931471805599453f;
 
 // Where 16 bytes (8 channels) of a row lie in a tile: the rows of an 8x8 matrix meet different banks.
@@ -113,33 +114,61 @@ PRIM void scores(float (&s)[TILES][BLOCK_KV / 8][4], uint32_t q, uint32_t k, int
     }
 }
 
-// Scores of keys that a query does not see, or that are beyond the block, become -inf.
-PRIM void mask(float (&s)[TILES][BLOCK_KV / 8][4], const Attn& p, Interval row, int q0, const Walk& at, int lane) {
+// Scores of keys that a query does not see, or that are beyond the block, become -inf. `reach`: as far as causality goes,
+// the first row of this thread sees keys before that.
+PRIM void mask(float (&s)[TILES][BLOCK_KV / 8][4], int reach, const Walk& at, int lane) {
     UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int r = 0; r < 2; r++) {
-        const int seen = query_end(p, row, q0 + t * 16 + r * 8 + lane / 4), stop = at.key + at.n;
-        const int end = (seen < stop ? seen : stop) - at.key - lane % 4 * 2;
+        const int seen = reach + t * 16 + r * 8 - at.key;
+        const int end = (seen < at.n ? seen : at.n) - lane % 4 * 2;
         UNROLL for (int n = 0; n < BLOCK_KV / 8; n++) UNROLL for (int c = 0; c < 2; c++)
             if (n * 8 + c >= end) s[t][n][2 * r + c] = -INF;
     }
 }
 
-// O += P V of a warp's tiles; P is rounded to the dtype of V here.
+// P, rounded to the dtype of V, as the operand of the next product.
+template <bool BF16_>
+PRIM void round_weights(uint32_t (&w)[BLOCK_KV / 16][TILES][4], const float (&s)[TILES][BLOCK_KV / 8][4]) {
+    UNROLL for (int k = 0; k < BLOCK_KV / 16; k++) UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int i = 0; i < 4; i++)
+        w[k][t][i] = pack<BF16_>(s[t][2 * k + i / 2][i % 2 * 2], s[t][2 * k + i / 2][i % 2 * 2 + 1]);
+}
+
+// O += P V of a warp's tiles.
 template <bool BF16_, int D>
-PRIM void weigh(float (&o)[TILES][D / 2], const float (&s)[TILES][BLOCK_KV / 8][4], uint32_t v, int lane) {
+PRIM void weigh(float (&o)[TILES][D / 2], const uint32_t (&w)[BLOCK_KV / 16][TILES][4], uint32_t v, int lane) {
     const uint32_t v_place = chunk_at<D>(v, lane % 16, lane / 16);
     UNROLL for (int k = 0; k < BLOCK_KV / 16; k++) {
-        uint32_t a[TILES][4];
-        UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int i = 0; i < 4; i++)
-            a[t][i] = pack<BF16_>(s[t][2 * k + i / 2][i % 2 * 2], s[t][2 * k + i / 2][i % 2 * 2 + 1]);
         UNROLL for (int d = 0; d < D / 16; d++) {
             uint32_t b[4];  // two tiles of 8 channels
             ldmatrix_x4_trans(b, channels_at(v_place, d) + k * 16 * D * 2);
             UNROLL for (int t = 0; t < TILES; t++) {
-                mma<BF16_>((float(&)[4])o[t][d * 8], a[t], b[0], b[1]);
-                mma<BF16_>((float(&)[4])o[t][d * 8 + 4], a[t], b[2], b[3]);
+                mma<BF16_>((float(&)[4])o[t][d * 8], w[k][t], b[0], b[1]);
+                mma<BF16_>((float(&)[4])o[t][d * 8 + 4], w[k][t], b[2], b[3]);
             }
         }
     }
+}
+
+// Where a thread's share of tile t goes at the end of a segment: rows of p.total, and the maxima that those are relative to, in shared
+// memory. All of it is worked out on the spot, for there are no registers to keep it in.
+template <int D>
+struct Folded {
+    TotalRows total;
+    float* m;  // [2]
+};
+PRIM int head_here(const Attn& p) {
+    const int group = p.q_heads / p.kv_heads;
+    return blockIdx.y * group + blockIdx.x % group;
+}
+PRIM int first_query(const Attn& p) {
+    const int group = p.q_heads / p.kv_heads;
+    return (int)(gridDim.x / group - 1 - blockIdx.x / group) * BLOCK_Q;
+}
+template <int D>
+PRIM Folded<D> folded(uint8_t* smem, const Attn& p, int t) {
+    const int thread = thread_here();
+    const int64_t first_row = ((int64_t)blockIdx.z * p.q_heads + head_here(p)) * p.q_len;
+    return {total_rows(p.total, first_row, first_query(p) + (thread / 32 * TILES + t) * 16, p.q_len, D, thread % 32),
+            (float*)(smem + (BLOCK_Q + 2 * BLOCK_KV) * D * 2) + (thread * TILES + t) * 2};
 }
 
 template <bool BF16_, int D>
@@ -147,13 +176,11 @@ PRIM void attention_sm80(const Attn& p) {
     DYN_SMEM(smem);
     const uint32_t q = smem_u32(smem), k = q + BLOCK_Q * D * 2, v = k + BLOCK_KV * D * 2;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int group = p.q_heads / p.kv_heads, kv_head = blockIdx.y, b = blockIdx.z;
-    const int head = kv_head * group + blockIdx.x % group;
-    const int q0 = (int)(gridDim.x / group - 1 - blockIdx.x / group) * BLOCK_Q;  // of the block
-    const int q_warp = q0 + warp * TILES * 16;
+    const int kv_head = blockIdx.y, b = blockIdx.z, q0 = first_query(p);
     const Interval row = row_interval(p, b);
     const int last = q0 + BLOCK_Q < p.q_len ? q0 + BLOCK_Q - 1 : p.q_len - 1;
-    const int end = query_end(p, row, last), whole = query_end(p, row, q0);  // keys before `whole` are seen by every query
+    const int end = query_end(p, row, last);
+    const int reach = (p.causal ? clamp_(p.q_start + 1, -FAR, FAR) : FAR) + q0 + warp * TILES * 16 + lane / 4;
 
     float o[TILES][D / 2], m[TILES][2], l[TILES][2];
     UNROLL for (int t = 0; t < TILES; t++) {
@@ -163,15 +190,12 @@ PRIM void attention_sm80(const Attn& p) {
             l[t][r] = 0.f;
         }
     }
-    const int64_t first_row = ((int64_t)b * p.q_heads + head) * p.q_len;
-    // The maxima that `total` is relative to, this thread's own: there are no registers left for them.
-    float* const m_total = (float*)(smem + (BLOCK_Q + 2 * BLOCK_KV) * D * 2) + threadIdx.x * TILES * 2;
     int held = 0;        // keys whose outputs are in o
     bool begun = false;  // others are in total
 
     Walk at{0, 0, 0, 0};
     at.enter(p, row.lo, end);
-    load_rows<D, BLOCK_Q>(q, row_address(p.q, b, head, q0), p.q.row_stride, p.q_len - q0);
+    load_rows<D, BLOCK_Q>(q, row_address(p.q, b, head_here(p), q0), p.q.row_stride, p.q_len - q0);
     if (at.n) load_side<D>(k, p.page[at.page].k.rows, at, p.page[at.page].first, b, kv_head);
     while (at.n) {
         cp_async_wait<0>();
@@ -179,16 +203,17 @@ PRIM void attention_sm80(const Attn& p) {
         load_side<D>(v, p.page[at.page].v.rows, at, p.page[at.page].first, b, kv_head);
         if (p.total && held + BLOCK_KV > SEGMENT) {
             UNROLL for (int t = 0; t < TILES; t++) {
-                const float keep[2] = {decay(m_total[2 * t], m[t][0], p.scale), decay(m_total[2 * t + 1], m[t][1], p.scale)};
-                fold(o[t], total_rows(p.total, first_row, q_warp + t * 16, p.q_len, D, lane), keep, begun);
-                UNROLL for (int r = 0; r < 2; r++) m_total[2 * t + r] = m[t][r];
+                const Folded<D> to = folded<D>(smem, p, t);
+                const float keep[2] = {decay(to.m[0], m[t][0], p.scale), decay(to.m[1], m[t][1], p.scale)};
+                fold(o[t], to.total, keep, begun);
+                UNROLL for (int r = 0; r < 2; r++) to.m[r] = m[t][r];
             }
             begun = true;
             held = 0;
         }
         float s[TILES][BLOCK_KV / 8][4];
         scores<BF16_, D>(s, q, k, warp, lane);
-        if (at.n < BLOCK_KV || at.key + BLOCK_KV > whole) mask(s, p, row, q_warp, at, lane);
+        if (at.n < BLOCK_KV || at.key + BLOCK_KV > reach - lane / 4) mask(s, reach, at, lane);
         held += BLOCK_KV;
         UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int r = 0; r < 2; r++) {
             float most = m[t][r];
@@ -209,28 +234,32 @@ PRIM void attention_sm80(const Attn& p) {
                 o[t][i + 2 * r + 1] *= keep;
             }
         }
+        uint32_t w[BLOCK_KV / 16][TILES][4];
+        round_weights<BF16_>(w, s);
         cp_async_wait<0>();
         block_sync();  // V is there, and nobody reads K any more
         at.next(p, row.lo, end);
         if (at.n) load_side<D>(k, p.page[at.page].k.rows, at, p.page[at.page].first, b, kv_head);
-        weigh<BF16_, D>(o, s, v, lane);
+        weigh<BF16_, D>(o, w, v, lane);
     }
     cp_async_wait<0>();
 
+    const int head = head_here(p), q_thread = first_query(p) + thread_here() / 32 * TILES * 16 + lane / 4;
     UNROLL for (int t = 0; t < TILES; t++) {
         if (begun) {
-            const float keep[2] = {decay(m_total[2 * t], m[t][0], p.scale), decay(m_total[2 * t + 1], m[t][1], p.scale)};
-            unfold(o[t], total_rows(p.total, first_row, q_warp + t * 16, p.q_len, D, lane), keep);
+            const Folded<D> from = folded<D>(smem, p, t);
+            const float keep[2] = {decay(from.m[0], m[t][0], p.scale), decay(from.m[1], m[t][1], p.scale)};
+            unfold(o[t], from.total, keep);
         }
         UNROLL for (int r = 0; r < 2; r++) {
             float sum = l[t][r];
             sum += shfl_xor(sum, 1);
             sum += shfl_xor(sum, 2);
-            const int query = q_warp + t * 16 + r * 8 + lane / 4;
+            const int query = q_thread + t * 16 + r * 8;
             if (query >= p.q_len) continue;
             const float inverse = sum == 0.f ? 0.f : 1.f / sum;
             if (p.lse && lane % 4 == 0)
-                ((float*)p.lse)[first_row + query] = sum == 0.f ? -INF : (m[t][r] * p.scale + lg2(sum)) * LN2;
+                ((float*)p.lse)[((int64_t)b * p.q_heads + head) * p.q_len + query] = sum == 0.f ? -INF : (m[t][r] * p.scale + lg2(sum)) * LN2;
             const uint64_t out = row_address(p.out, b, head, query);
             UNROLL for (int i = 0; i < D / 8; i++) {
                 const float x = o[t][4 * i + 2 * r] * inverse, y = o[t][4 * i + 2 * r + 1] * inverse;

@@ -28,6 +28,12 @@ struct alignas(64) TensorMap {
     uint64_t opaque[16];
 };  // same bytes as CUtensorMap
 
+// threadIdx.x, read at this very place: what is computed from it for a rare branch is computed there, and holds no register meanwhile.
+PRIM int thread_here() {
+    int t;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+    return t;
+}
 PRIM uint32_t smem_u32(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 PRIM void ldmatrix_x4(uint32_t (&r)[4], uint32_t a) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

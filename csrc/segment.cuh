@@ -16,7 +16,7 @@ PRIM TotalRows total_rows(uint64_t total, int64_t first_row, int row, int rows, 
     TotalRows at;
     UNROLL for (int r = 0; r < 2; r++) {
         const int i = row + lane / 4 + 8 * r;
-        at.row[r] = total && i < rows ? (float*)total + (first_row + i) * head_dim + lane % 4 * 2 : nullptr;
+        at.row[r] = i < rows ? (float*)total + (first_row + i) * head_dim + lane % 4 * 2 : nullptr;
     }
     return at;
 }
@@ -24,23 +24,23 @@ PRIM TotalRows total_rows(uint64_t total, int64_t first_row, int row, int rows, 
 // total = total * keep + o, and o = 0. `begun`: total holds something yet.
 template <int N>
 PRIM void fold(float (&o)[N], const TotalRows& at, const float (&keep)[2], bool begun) {
-    UNROLL for (int i = 0; i < N; i += 4) UNROLL for (int r = 0; r < 2; r++) {
-        if (at.row[r]) {
-            float* const to = at.row[r] + i * 2;
-            to[0] = begun ? fma_rn(to[0], keep[r], o[i + 2 * r]) : o[i + 2 * r];
-            to[1] = begun ? fma_rn(to[1], keep[r], o[i + 2 * r + 1]) : o[i + 2 * r + 1];
+    UNROLL for (int r = 0; r < 2; r++) {
+        if (at.row[r] && begun) {
+            UNROLL for (int i = 0; i < N; i += 4) UNROLL for (int c = 0; c < 2; c++)
+                at.row[r][i * 2 + c] = fma_rn(at.row[r][i * 2 + c], keep[r], o[i + 2 * r + c]);
+        } else if (at.row[r]) {
+            UNROLL for (int i = 0; i < N; i += 4) UNROLL for (int c = 0; c < 2; c++)
+                at.row[r][i * 2 + c] = o[i + 2 * r + c];
         }
-        o[i + 2 * r] = o[i + 2 * r + 1] = 0.f;
     }
+    UNROLL for (int i = 0; i < N; i++) o[i] = 0.f;
 }
 
 // o = total * keep + o: the last segment with all those before.
 template <int N>
 PRIM void unfold(float (&o)[N], const TotalRows& at, const float (&keep)[2]) {
-    UNROLL for (int i = 0; i < N; i += 4) UNROLL for (int r = 0; r < 2; r++)
-        if (at.row[r]) {
-            const float* const from = at.row[r] + i * 2;
-            o[i + 2 * r] = fma_rn(from[0], keep[r], o[i + 2 * r]);
-            o[i + 2 * r + 1] = fma_rn(from[1], keep[r], o[i + 2 * r + 1]);
-        }
+    UNROLL for (int r = 0; r < 2; r++)
+        if (at.row[r])
+            UNROLL for (int i = 0; i < N; i += 4) UNROLL for (int c = 0; c < 2; c++)
+                o[i + 2 * r + c] = fma_rn(at.row[r][i * 2 + c], keep[r], o[i + 2 * r + c]);
 }

@@ -287,6 +287,7 @@ inline MBar& mb(uint32_t a) {
         return &id;               \
     }())
 
+PRIM int thread_here() { return (int)threadIdx.x; }
 PRIM uint32_t smem_u32(const void* p) { return (uint32_t)((const uint8_t*)p - cpu::blk->smem); }
 PRIM void ldmatrix_x4(uint32_t (&r)[4], uint32_t a) {
     struct A {
@@ -378,6 +379,21 @@ PRIM void cp_async16_zfill(uint32_t dst, const void* src, int bytes) {
     SHIM_CHECK(bytes >= 0 && bytes <= 16, "cp.async of more than 16 bytes");
     auto op = [p, src, bytes] {
         std::memset(p, 0, 16);
+        std::memcpy(p, src, bytes);
+    };
+    if (cpu::blk->now())
+        op();
+    else
+        cpu::cur->cp_open.push_back(op);
+}
+template <int BYTES>
+PRIM void cp_async_small_zfill(uint32_t dst, const void* src, int bytes) {
+    static_assert(BYTES == 4 || BYTES == 8, "cp.async.ca of 4 or 8 bytes");
+    uint8_t* p = cpu::sm(dst, BYTES, BYTES);
+    SHIM_CHECK(((uintptr_t)src & (BYTES - 1)) == 0, "cp.async source not aligned");
+    SHIM_CHECK(bytes >= 0 && bytes <= BYTES, "cp.async of more bytes than it has");
+    auto op = [p, src, bytes] {
+        std::memset(p, 0, BYTES);
         std::memcpy(p, src, bytes);
     };
     if (cpu::blk->now())
@@ -618,3 +634,54 @@ PRIM float mul_rn(float a, float b) { return a * b; }
 PRIM float add_rn(float a, float b) { return a + b; }
 PRIM float div_rn(float a, float b) { return a / b; }
 PRIM float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
+PRIM uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t both = (uint64_t)b << 32 | a;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; i++) {
+        const uint32_t n = selector >> (4 * i) & 15;
+        uint32_t byte = (uint32_t)(both >> (8 * (n & 7))) & 255;
+        if (n & 8)
+            byte = byte & 128 ? 255 : 0;
+        r |= byte << (8 * i);
+    }
+    return r;
+}
+namespace cpu {
+template <class F>
+inline uint32_t pairwise(uint32_t a, uint32_t b, bool half, F f) {
+    uint32_t r = 0;
+    for (int i = 0; i < 2; i++) {
+        const uint16_t x = (uint16_t)(a >> (16 * i)), y = (uint16_t)(b >> (16 * i));
+        r |= (uint32_t)(half ? float_to_half(f(half_to_float(x), half_to_float(y))) : to_bf(f(bf(x), bf(y)))) << (16 * i);
+    }
+    return r;
+}
+}  // namespace cpu
+PRIM uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+    return cpu::pairwise(a, b, false, [](float x, float y) { return x + y; });
+}
+PRIM uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    return cpu::pairwise(a, b, false, [](float x, float y) { return x * y; });
+}
+PRIM uint32_t add_f16x2(uint32_t a, uint32_t b) {
+    return cpu::pairwise(a, b, true, [](float x, float y) { return x + y; });
+}
+PRIM uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+    return cpu::pairwise(a, b, true, [](float x, float y) { return x * y; });
+}
+PRIM bool vote_any(bool x) {
+    struct V {
+        bool x, any;
+    } me{x, false};
+    cpu::meet(cpu::my_warp(), 32, cpu::cur->id & 31, SHIM_OP, &me, "vote", [](void** s) {
+        bool any = false;
+        for (int l = 0; l < 32; l++)
+            any |= ((V*)s[l])->x;
+        for (int l = 0; l < 32; l++)
+            ((V*)s[l])->any = any;
+    });
+    return me.any;
+}
+PRIM void warp_sync() {
+    cpu::meet(cpu::my_warp(), 32, cpu::cur->id & 31, SHIM_OP, nullptr, "syncwarp", [](void**) {});
+}
