@@ -66,6 +66,8 @@ class Rows {
         std::normal_distribution<double> normal(0, scale);
         each([&](int b, int h, int i, int d) { set(b, h, i, d, normal(random)); });
     }
+    // All of it, with what lies around the rows.
+    const std::vector<uint8_t>& bytes() const { return memory; }
     // Whether every byte outside of the rows is as it was.
     bool is_clean() const {
         std::vector<uint8_t> seen = memory;
