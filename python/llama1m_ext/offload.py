@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .dense import page_to
+from .dense import Stored, page_to
 from .formats import GROUP, Page
 from .pagefile import PageFile, default_folder, free_bytes
 from .stored import CacheDamaged, PageSource, Span, StoredPage
@@ -65,13 +65,18 @@ class Store:
     where: Literal["host", "disk"] = "disk"
 
     def __init__(self, budget: int, folder: str | None = None, layers: int = 1) -> None:
-        self.budget, self.folder, self.layers = budget, folder, layers
         # Half of the budget or so for what is no choice: each layer's last page, the buffers, what waits to be written.
         self.page_bytes = max(1, min(PAGE_BYTES, budget // (2 * (layers + 2 * BUFFERS))))
         in_flight = max(BUFFERS * self.page_bytes, min(IN_FLIGHT, budget // 8))
-        self.share = max(0, budget - BUFFERS * self.page_bytes - in_flight) // layers
+        self._begin(budget, layers, BUFFERS * self.page_bytes + in_flight)
+        self.folder = folder
         self.file = PageFile(folder, in_flight)
         self.stream = Stream()
+
+    def _begin(self, budget: int, layers: int, taken: int) -> None:
+        """Shares what the buffers and others leave of the budget among the layers."""
+        self.budget, self.layers = budget, layers
+        self.share = max(0, budget - taken) // layers
         self._seen: weakref.WeakKeyDictionary[Any, tuple[weakref.ref[Any], int]] = weakref.WeakKeyDictionary()
 
     @property
@@ -101,8 +106,8 @@ class Store:
         if need > 0:
             self.file.check_room(int(need))
 
-    def place(self, pages: Sequence[Any]) -> Page | StoredPage:
-        """A place for the last page of a layer, which is full: itself, or one in the file to be put in its place.
+    def place(self, pages: Sequence[Any]) -> Page | Stored:
+        """A place for the last page of a layer, which is full: itself, or one elsewhere to be put in its place.
 
         Raises:
             OSError: as `settle`.
@@ -110,6 +115,14 @@ class Store:
         page = pages[-1]
         if type(page) is not Page or sum(p.nbytes for p in pages if type(p) is Page) <= self.share:
             return page
+        return self.put(page)
+
+    def put(self, page: Page) -> Stored:
+        """The page where it lives from now on.
+
+        Raises:
+            OSError: as `settle`.
+        """
         return self.file.put(page)
 
     def settle(self, layer: Any) -> None:
@@ -141,7 +154,7 @@ class Store:
                     if page.size > 2 * size:  # from a time without a store
                         layer.split(i, size)
                         continue
-                    layer.replace(i, self.file.put(page))
+                    layer.replace(i, self.put(page))
             i += 1
         self._seen[layer] = weakref.ref(layer.pages[end - 1]), len(layer.pages)
 
@@ -229,7 +242,9 @@ def attention(
         )
         total.add(out, lse)
 
-    near, far = view.split(pages, q.device)
+    near, elsewhere = view.split(pages, q.device)
+    far = [(page, at, tokens) for page, at, tokens in elsewhere if isinstance(page, StoredPage)]
+    hosted = [(page, at, tokens) for page, at, tokens in elsewhere if not isinstance(page, StoredPage)]
     stream = _stream(layer, far)
     with stream.load([page for page, _, _ in far]) as coming:
         begin = time.perf_counter()
@@ -240,6 +255,10 @@ def attention(
             begin = time.perf_counter()
             add([page_to(page, q.device)], at, tokens)
             stream.traffic.compute_seconds += time.perf_counter() - begin
+    if hosted:  # of a GPU's layer: given to the GPU, and not waited for
+        pinned = [page for page, _, _ in hosted]
+        for (_, at, tokens), page in zip(hosted, pinned[0].lane.load(pinned), strict=True):
+            add([page], at, tokens)
     out, lse = total.result()
     out = out.to(out_dtype or q.dtype)
     return (out, lse) if return_lse else out
@@ -247,9 +266,9 @@ def attention(
 
 def _stream(layer: Any, far: Sequence[tuple[StoredPage, int | None, int]]) -> Stream:
     """The buffers to stream through: of the layer's store, or of the file that its first page lies in."""
-    store = getattr(layer, "store", None)
-    if store is not None:
-        return store.stream
+    found: Stream | None = getattr(getattr(layer, "store", None), "stream", None)
+    if found is not None:
+        return found
     if not far:
         return Stream()
     source = far[0][0].source
@@ -279,16 +298,16 @@ class _View:
         self.by_all = all_from, all_to
 
     def split(
-        self, pages: Sequence[Page | StoredPage], device: torch.device
-    ) -> tuple[list[tuple[list[Page], int | None, int]], list[tuple[StoredPage, int | None, int]]]:
-        """What is seen: (runs of pages in memory, pages to be loaded), each with its position and its tokens.
+        self, pages: Sequence[Page | Stored], device: torch.device
+    ) -> tuple[list[tuple[list[Page], int | None, int]], list[tuple[Any, int | None, int]]]:
+        """What is seen: (runs of pages in memory, pages that live elsewhere), each with its position and its tokens.
 
         The position is None where every query sees every key: then order is nothing, and they all make one run.
         """
         runs: list[tuple[list[Page], int | None, int]] = []
         anywhere: list[Page] = []
         anywhere_tokens = 0
-        far: list[tuple[StoredPage, int | None, int]] = []
+        far: list[tuple[Any, int | None, int]] = []
         a = next_at = 0
         for page in pages:
             at, a = a, a + page.size
@@ -298,7 +317,7 @@ class _View:
             if b <= self.seen[0]:
                 continue
             by_all = self.by_all[0] <= at and b <= self.by_all[1]
-            if isinstance(page, StoredPage) and not _is_near(page, device):
+            if not _is_near(page, device):
                 far.append((page, None if by_all else at, b - at))
                 continue
             here = page.load() if isinstance(page, StoredPage) else page
@@ -317,9 +336,11 @@ class _View:
         return runs, far
 
 
-def _is_near(page: Page | StoredPage, device: torch.device) -> bool:
+def _is_near(page: Page | Stored, device: torch.device) -> bool:
     """Whether a page can be computed over where it is."""
-    return type(page) is not StoredPage or (page.at_hand and device.type == "cpu")
+    if isinstance(page, StoredPage):
+        return page.at_hand and device.type == "cpu"
+    return isinstance(page, Page)
 
 
 def _bounds(x: Tensor | int) -> tuple[int, int]:
