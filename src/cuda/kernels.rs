@@ -1,6 +1,7 @@
 //! The kernels: which source they are in, and the geometry of a block.
 
 use crate::dtype::DType;
+use crate::error::{Error, Result};
 use crate::quant::GROUP;
 
 macro_rules! sources {
@@ -8,7 +9,7 @@ macro_rules! sources {
 }
 
 /// Sources that NVRTC compiles, one program each.
-pub const SOURCES: &[(&str, &str)] = sources!["attention_any.cu", "kv.cu", "merge.cu", "rope.cu"];
+pub const SOURCES: &[(&str, &str)] = sources!["attention_any.cu", "attention_sm80.cu", "kv.cu", "merge.cu", "rope.cu"];
 
 /// What they include, by name, in byte order of the names.
 pub const HEADERS: &[(&str, &str)] = sources![
@@ -72,6 +73,34 @@ pub const ANY_QUERIES: usize = 16;
 /// See `csrc/attention_any.cu`.
 pub static ATTENTION_ANY: ByDtype =
     by_dtype!("attention_any", "attention_any.cu", 128, 4 * (16 * 257 + 32 * 257 + 16 * 32 + 16));
+
+/// Queries of a block of `attention_sm80`.
+pub const SM80_QUERIES: usize = 128;
+const fn sm80(entry: &'static str, head_dim: usize) -> Kernel {
+    kernel(entry, "attention_sm80.cu", 128, ((SM80_QUERIES + 2 * 64) * head_dim * 2 + SM80_QUERIES * 16) as u32)
+}
+
+/// The kernel of `csrc/attention_sm80.cu` for a dtype and head_dim.
+///
+/// # Errors
+/// When there is none.
+pub fn attention_sm80(dtype: DType, head_dim: usize) -> Result<&'static Kernel> {
+    static KERNELS: [Kernel; 4] = [
+        sm80("attention_sm80_bf16_d64", 64),
+        sm80("attention_sm80_bf16_d128", 128),
+        sm80("attention_sm80_f16_d64", 64),
+        sm80("attention_sm80_f16_d128", 128),
+    ];
+    match (dtype, head_dim) {
+        (DType::BF16, 64) => Ok(&KERNELS[0]),
+        (DType::BF16, 128) => Ok(&KERNELS[1]),
+        (DType::F16, 64) => Ok(&KERNELS[2]),
+        (DType::F16, 128) => Ok(&KERNELS[3]),
+        _ => {
+            Err(Error::value("head_dim", "64 or 128 of bfloat16 or float16", format!("{head_dim} of {}", dtype.name())))
+        }
+    }
+}
 
 /// Rows of a block of `merge`.
 pub const MERGE_ROWS: usize = 4;
