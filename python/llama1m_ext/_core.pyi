@@ -1,7 +1,7 @@
 """The compiled core. `llama1m_ext.ops` is the interface meant for people; this one allocates nothing."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -82,3 +82,45 @@ def peak_flops(dtype: str, threads: int = 1, seconds: float = 0.2) -> float:
 
 def read_seconds(tensor: Array, threads: int = 1) -> float:
     """Seconds that one pass over a contiguous tensor's memory takes."""
+
+def cuda_info() -> dict[str, Any]:
+    """What there is of CUDA: driver, devices, NVRTC, kernels. Raises nothing where something is missing."""
+
+def cuda_set_up(packed: str | None, cache: str | None, nvrtc: Sequence[str]) -> None:
+    """Says where cubins, compiled kernels and NVRTC are."""
+
+def cuda_sources() -> dict[str, str]:
+    """The kernels' sources: name to the hash that cubins are known by."""
+
+def nvrtc_compile(source: str, arch: str, *, nvrtc: str | None = None) -> tuple[bytes, str]:
+    """Compiles one of the kernels' sources for an architecture: the image and the compiler's log."""
+
+def cuda_attention(
+    q: torch.Tensor,
+    k: torch.Tensor | Sequence[Side],
+    v: torch.Tensor | Sequence[Side],
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    q_start: int | None = None,
+    kv_start: torch.Tensor | None = None,
+    kv_end: torch.Tensor | None = None,
+    kv_len: int | None = None,
+    workspace: torch.Tensor | None = None,
+    stream: int = 0,
+    path: str = "auto",
+) -> None:
+    """Exact attention on one GPU, written to `out` and `lse`."""
+
+def cuda_attention_workspace(
+    q: torch.Tensor,
+    k: torch.Tensor | Sequence[Side],
+    v: torch.Tensor | Sequence[Side],
+    *,
+    kv_len: int | None = None,
+    path: str = "auto",
+    out_f32: bool = False,
+) -> int:
+    """Bytes of workspace that `cuda_attention` wants for such a call."""

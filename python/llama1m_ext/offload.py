@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .dense import Stored, page_to
+from .dense import Stored, loaded, page_to
 from .formats import GROUP, Page
 from .pagefile import PageFile, default_folder, free_bytes
 from .stored import CacheDamaged, PageSource, Span, StoredPage
@@ -320,7 +320,7 @@ class _View:
             if not _is_near(page, device):
                 far.append((page, None if by_all else at, b - at))
                 continue
-            here = page.load() if isinstance(page, StoredPage) else page
+            here = loaded(page)
             if by_all:
                 anywhere.append(here)  # the one that is not full, if any, is the last
                 anywhere_tokens += b - at
