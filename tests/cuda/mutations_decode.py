@@ -1,0 +1,70 @@
+"""Bugs planted in decode.cu, codes.cuh and mask.cuh: each must make check_decode fail."""
+
+MUTATIONS = [
+    ("decode.cu", "cp_async_wait<2>();", "cp_async_wait<3>();", "three stages: the step is read before it has come"),
+    ("decode.cu", "cp_async_wait<1>();", "cp_async_wait<2>();", "two stages: the step is read before it has come"),
+    (
+        "decode.cu",
+        "        if constexpr (KF != DENSE) warp_sync();\n\n        float s",
+        "\n        float s",
+        "scales are read that another lane is still copying",
+    ),
+    (
+        "decode.cu",
+        "to = stage == 0 ? p.stages - 1 : stage - 1;",
+        "to = stage;",
+        "the step that is being read is overwritten",
+    ),
+    (
+        "decode.cu",
+        "const int ahead = step + (p.stages - 1) * WARPS",
+        "const int ahead = step + p.stages * WARPS",
+        "a step too far ahead is fetched",
+    ),
+    ("decode.cu", "j < w.row.lo || j >= end[e / 2]", "j >= end[e / 2]", "keys before kv_start are seen"),
+    ("decode.cu", "j >= end[e / 2] ||", "j > end[e / 2] ||", "one key too many is seen"),
+    (
+        "decode.cu",
+        "const bool seen = j < w.limit && at >= w.row.lo && at < w.row.hi;",
+        "const bool seen = j < w.limit;",
+        "hidden values are multiplied by 0, which leaves NaN",
+    ),
+    ("decode.cu", "const bool seen = j < w.limit && at", "const bool seen = at", "values beyond a page are read"),
+    (
+        "decode.cu",
+        "seen > begin ? seen / GROUP * GROUP : begin",
+        "seen > begin ? seen : begin",
+        "groups of compact keys are read from their middle",
+    ),
+    ("decode.cu", "split -= here;", "split -= here - 1;", "splits of the second page begin one too late"),
+    ("decode.cu", "x.l[e] *= keep[e];", "", "the sum of weights keeps its old reference"),
+    (
+        "decode.cu",
+        "UNROLL for (int k = 0; k < Of::BLOCKS; k++) UNROLL for (int e = 0; e < 4; e++) x.offset[k][e] *= keep[e / 2];",
+        "",
+        "the sum of offsets keeps its old reference",
+    ),
+    ("decode.cu", "x.l[e] += shfl_xor(x.l[e], 2);", "", "half of the columns are missing in the sum of weights"),
+    (
+        "decode.cu",
+        "return 64 * block + (j < 4 ? 4 * column + j",
+        "return 64 * block + (j < 4 ? 4 * column + j + 1",
+        "int4: channels shifted",
+    ),
+    (
+        "decode.cu",
+        "w.kv_head * w.group + (w.row0 + r) % w.group",
+        "w.kv_head * w.group + r % w.group",
+        "heads of the second tile",
+    ),
+    (
+        "decode.cu",
+        "const uint16_t* offsets = scales + 32 * Of::BLOCKS;",
+        "const uint16_t* offsets = scales + 32;",
+        "head_dim 128: scales of the second block are taken for offsets",
+    ),
+    ("codes.cuh", "(pair & 0x00800080) | 0xc300c300", "0xc300c300", "int8: the sign is lost"),
+    ("codes.cuh", "0x7b807b80", "0x7b007b00", "fp8: half of the values"),
+    ("codes.cuh", "0xe408e408", "0xe400e400", "int4 keys: codes without their 8"),
+    ("codes.cuh", "i == 0 ? 0x1100 : 0x3322", "i == 0 ? 0x1100 : 0x2233", "channels 2 and 3 of a unit change places"),
+]
