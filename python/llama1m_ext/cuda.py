@@ -186,7 +186,7 @@ def rope_apply(
     check(q.device)
     with _at(q.device) as stream:
         _core.cuda_rope_apply(
-            q, k, q_out, k_out, positions, inv_freq, attention_scaling=attention_scaling, stream=stream
+            q, k, q_out, k_out, _packed(positions), inv_freq, attention_scaling=attention_scaling, stream=stream
         )
 
 
@@ -209,7 +209,7 @@ def kv_append(
             page_k,
             page_v,
             at,
-            positions=positions,
+            positions=_packed(positions),
             inv_freq=inv_freq,
             attention_scaling=attention_scaling,
             stream=stream,
@@ -228,6 +228,11 @@ def bound(x: Tensor | int | None, like: Tensor) -> Tensor | None:
     if x is None or isinstance(x, Tensor):
         return x
     return torch.full((like.shape[0],), x, dtype=torch.int64, device=like.device)
+
+
+def _packed(x: Any) -> Any:
+    """A tensor without gaps; anything else as it is, for the core to refuse."""
+    return x.contiguous() if isinstance(x, Tensor) else x
 
 
 def _workspace(size: int, device: torch.device) -> Tensor | None:

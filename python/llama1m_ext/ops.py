@@ -187,7 +187,8 @@ def rope_apply(
     Args:
         q: `[batch, q_heads, len, head_dim]`.
         k: `[batch, kv_heads, len, head_dim]`, or None.
-        positions: int64 `[batch, len]`, `[1, len]` or `[len]`, each from 0 to 2^40.
+        positions: int64 `[batch, len]`, `[1, len]` or `[len]`, each from 0 to 2^40 (on a GPU, which nobody waits for,
+            another one gives NaN).
         inv_freq: float64 `[rotary_dim / 2]`, radians a token; on the CPU, wherever the others are.
         attention_scaling: multiplies cos and sin (YaRN, longrope).
         q_out: where to write; may be q itself. Default: a new tensor.
