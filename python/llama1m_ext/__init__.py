@@ -19,7 +19,7 @@ from .remember import forget, remember
 from .stats import Stats, stats
 
 if TYPE_CHECKING:
-    from . import cache, ops, saved
+    from . import cache, cuda, ops, saved
     from .cache import LongCache
 
     __version__: str
@@ -32,6 +32,7 @@ __all__ = [
     "Stats",
     "__version__",
     "cache",
+    "cuda",
     "disable",
     "enable",
     "forget",
@@ -48,7 +49,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What imports torch, transformers or the core waits until it is asked for (PEP 562).
-    if name in ("ops", "cache", "saved", "testing"):
+    if name in ("ops", "cache", "cuda", "saved", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     if name == "LongCache":
         return importlib.import_module(f"{__name__}.cache").LongCache
