@@ -124,7 +124,7 @@ int main() {
                          Case{out_dtype, F32, 2, 4, 5, 128, 3, is_list, by_block, {}, 3},
                          Case{out_dtype, is_list ? BF16 : F32, 1, 3, 7, 64, 2, is_list, by_block, {true, 16}, 40},
                          Case{out_dtype, is_list ? F16 : F32, 2, 2, 5, 256, 32, is_list, by_block, {true}, 1},
-                         Case{out_dtype, F32, 2, 5, 1, 80, is_list ? 11 : 77, is_list, by_block, {}, 2},
+                         Case{out_dtype, F32, 2, 5, 1, 80, is_list ? 11 : 77, is_list, by_block, {}, 80},
                          Case{out_dtype, is_list ? BF16 : F32, 1, 3, 4, 18, is_list ? 31 : 130, is_list, by_block, {false, 4, 4}, 5},
                          Case{out_dtype, F32, 1, 2, 8, 36, 1, is_list, by_block, {}, 3},
                      })

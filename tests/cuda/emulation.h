@@ -183,7 +183,8 @@ inline void run_block(Block& b, std::function<void()>& body) {
         f.sp = sp;
     }
     const int nw = (int)b.warp.size();
-    int w = 0;
+    // Not always the first warp: what others must wait for it to write would always be there.
+    int w = b.mode == EAGER ? 0 : b.mode == LAZY ? nw - 1 : (int)(b.rnd() % nw);
     auto run_async = [&] {
         const size_t k = b.mode == RANDOM ? b.rnd() % b.async.size() : 0;
         auto op = std::move(b.async[k]);
