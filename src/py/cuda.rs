@@ -16,13 +16,13 @@ use crate::error::{Error, Result};
 use crate::quant::Axis;
 
 /// The memory of one GPU, that of the first tensor that is looked at.
-fn device_memory() -> PyResult<Memory> {
+pub(super) fn device_memory() -> PyResult<Memory> {
     let fake = driver::driver().map_err(raise)?.fake;
     Ok(Memory::Device { ordinal: std::cell::Cell::new(None), fake })
 }
 
 /// Runs `work` without the GIL on the device that the tensors were on.
-fn on_device<T: Send>(
+pub(super) fn on_device<T: Send>(
     py: Python<'_>,
     memory: &Memory,
     stream: usize,

@@ -11,7 +11,8 @@ use crate::cpu::{kv, pool};
 use crate::error::Error;
 use crate::quant::Axis;
 
-fn axis(of: &str) -> PyResult<Axis> {
+/// Which side of a page: "k" or "v".
+pub(super) fn axis(of: &str) -> PyResult<Axis> {
     match of {
         "k" => Ok(Axis::Channel),
         "v" => Ok(Axis::Token),

@@ -3,6 +3,8 @@
 mod attention;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_verbs;
 mod error;
 mod kv;
 mod probe;
@@ -56,6 +58,10 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     {
         m.add_function(wrap_pyfunction!(cuda::cuda_attention, m)?)?;
         m.add_function(wrap_pyfunction!(cuda::cuda_attention_workspace, m)?)?;
+        m.add_function(wrap_pyfunction!(cuda_verbs::cuda_merge_partials, m)?)?;
+        m.add_function(wrap_pyfunction!(cuda_verbs::cuda_rope_apply, m)?)?;
+        m.add_function(wrap_pyfunction!(cuda_verbs::cuda_kv_append, m)?)?;
+        m.add_function(wrap_pyfunction!(cuda_verbs::cuda_kv_read, m)?)?;
         m.add_function(wrap_pyfunction!(cuda::cuda_info, m)?)?;
         m.add_function(wrap_pyfunction!(cuda::cuda_set_up, m)?)?;
         m.add_function(wrap_pyfunction!(cuda::cuda_sources, m)?)?;

@@ -10,7 +10,8 @@ use crate::cpu::rope as cpu;
 use crate::error::Error;
 use crate::rope;
 
-fn turns(inv_freq: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
+/// Frequencies on the host, as the engines take them.
+pub(super) fn turns(inv_freq: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
     tensor::float64s("inv_freq", inv_freq)?.into_iter().map(|x| rope::turns(x).map_err(raise)).collect()
 }
 
