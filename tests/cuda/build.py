@@ -25,7 +25,7 @@ CSRC = ROOT / "csrc"
 OUT = ROOT / "target" / "emulation"
 CXX = os.environ.get("CXX", "g++")
 # No contraction: what a kernel rounds twice is rounded twice.
-FLAGS = ["-std=c++17", "-O2", "-march=x86-64-v3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread", "-w"]
+FLAGS = ["-std=c++17", "-march=x86-64-v3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread", "-w"]
 PROBE = "LLAMA1M_KERNEL"
 
 
@@ -45,16 +45,17 @@ def compiler() -> str:
     return run([CXX, "--version"]).splitlines()[0]
 
 
-def compiled(source: str, csrc: Path, link: tuple[str, ...] | None = None) -> Path:
+def compiled(source: str, csrc: Path, link: tuple[str, ...] | None = None, level: str = "-O2") -> Path:
     """An object of a source text, or with `link` a program; made only if there is none of the same content."""
+    how = [*FLAGS, level]
     includes = [f"-I{csrc}", f"-I{HERE}"]
     seen = run([CXX, *FLAGS, *includes, "-E", "-P", "-x", "c++", "-"], source)
-    key = hashlib.sha256("\0".join([compiler(), *FLAGS, *(link or ("-c",)), seen]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join([compiler(), *how, *(link or ("-c",)), seen]).encode()).hexdigest()[:24]
     target = OUT / (f"{key}.o" if link is None else key)
     if not target.exists():
         OUT.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f".{target.name}.{os.getpid()}")
-        run([CXX, *FLAGS, *includes, *(["-c"] if link is None else link), "-x", "c++", "-", "-o", str(draft)], source)
+        run([CXX, *how, *includes, *(["-c"] if link is None else link), "-x", "c++", "-", "-o", str(draft)], source)
         draft.replace(target)
     return target
 
@@ -99,9 +100,9 @@ def families() -> list[str]:
     return sorted(path.stem.removeprefix("check_") for path in HERE.glob("check_*.cpp"))
 
 
-def check(family: str, csrc: Path = CSRC) -> Path:
+def check(family: str, csrc: Path = CSRC, level: str = "-O2") -> Path:
     """The program of check_FAMILY.cpp."""
-    return compiled((HERE / f"check_{family}.cpp").read_text(), csrc, link=("-pthread",))
+    return compiled((HERE / f"check_{family}.cpp").read_text(), csrc, link=("-pthread",), level=level)
 
 
 def judged(program: Path) -> tuple[int, str, float]:

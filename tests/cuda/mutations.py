@@ -65,7 +65,7 @@ def judged(mutation: Mutation | str) -> tuple[bool, str]:
             target = csrc / mutation.file
             target.write_text(target.read_text().replace(mutation.old, mutation.new))
         try:
-            program = build.check(family, csrc)
+            program = build.check(family, csrc, level="-O1")  # compiled once, run for a moment
         except build.BuildError as error:
             return False, f"does not compile: {str(error)[-400:]}"
         try:
