@@ -1,0 +1,97 @@
+"""The way to the GPU without one: torch's tensors, the core's door, the driver's calls, and the kernels' own source, run
+on the CPU by a driver of ours (tests/cuda/fake_driver.cpp). In processes of their own: a driver can't be changed.
+
+The cases are those that the CPU's engine is tested with.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+BUILD = HERE.parent / "cuda" / "build.py"
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None or sys.platform != "linux",
+    reason="the driver is built by a C++ compiler, on Linux",
+)
+
+
+@pytest.fixture(scope="session")
+def driver():
+    """The path of libcuda.so.1; made only where its parts have changed."""
+    built = subprocess.run([sys.executable, str(BUILD), "--driver"], capture_output=True, text=True, timeout=1800)
+    assert built.returncode == 0, built.stderr
+    return Path(built.stdout.splitlines()[-1]) / "libcuda.so.1"
+
+
+@pytest.fixture
+def over(driver, tmp_path):
+    """Runs a script over that driver, and returns what it printed."""
+
+    def run(*command, timeout=900, **environment):
+        answer = subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=HERE,
+            env={
+                **os.environ,
+                "LLAMA1M_TEST_DRIVER": str(driver),
+                "LLAMA1M_CUDA_CACHE": str(tmp_path / "kernels"),
+                **environment,
+            },
+        )
+        assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-6000:]
+        return answer.stdout
+
+    return run
+
+
+def passed(said):
+    """How many tests pytest says that passed; all of them."""
+    found = re.search(r"(\d+) passed", said)
+    assert found is not None, said
+    assert "failed" not in said, said
+    assert "skipped" not in said, said
+    return int(found[1])
+
+
+CASES = {
+    "attention": (
+        31,
+        "test_attention.py",
+        "-k",
+        "random or views or laid or not_in_use or torchs",
+    ),
+    "merge": (4, "test_merge.py"),
+    "rope": (4, "test_rope.py", "-k", "rotation or given_outputs or stretch"),
+    "kv": (20, "test_kv_formats.py", "-k", "codes or parts or touches or partials or padding or views or nan"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", CASES)
+def test_the_cases_of_the_cpu(over, what):
+    least, *selected = CASES[what]
+    assert passed(over("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *selected)) >= least
+
+
+@needs_compiler
+def test_whole_models(over):
+    assert passed(over("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "over_driver.py")) >= 12
+
+
+@needs_compiler
+def test_on_another_gpu(over):
+    """Where the kernels for sm_90a don't run, and asynchronous copies come as late as can be."""
+    command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "over_driver.py", "-k", "narrow or driver")
+    assert passed(over(*command, LLAMA1M_FAKE_CAPABILITY="8.0", LLAMA1M_FAKE_MODE="lazy")) == 3
