@@ -188,18 +188,23 @@ PRIM void take_rows(const Append& p, const Job& job, const uint64_t* turns, cons
     const View& rows = job.is_key ? p.k : p.v;
     const Side& page = job.is_key ? p.page_k : p.page_v;
     const int pairs = job.is_key ? p.rotation.pairs : 0;
-    if (page.format == DENSE)
-        each_part<DTYPE, N>(p, rows, turns, pairs, job.h, job.i0, job.n, [&](int t, int d, const float(&x)[N]) {
+    each_part<DTYPE, N>(p, rows, turns, pairs, job.h, job.i0, job.n, [&](int t, int d, const float(&x)[N]) {
+        if (page.format == DENSE)
             store_elements<DTYPE, N>(row_address(page.rows, tile.b, tile.h, job.first + t), d, x);
-        });
-    else
-        each_part<DTYPE, N>(p, rows, turns, pairs, job.h, job.i0, job.n, [&](int t, int d, const float(&x)[N]) {
-            // What rope_apply would have written, and kv_append read.
+        else  // what rope_apply would have written, and kv_append read
             UNROLL for (int e = 0; e < N; e++) tile.at[t * tile.pitch + d + e] = rounded<DTYPE>(x[e]);
-        });
+    });
 }
 
 template <int DTYPE>
+PRIM void take_any(const Append& p, const Job& job, const uint64_t* turns, const Tile& tile) {
+    if (p.wide)
+        take_rows<DTYPE, WIDEST<DTYPE>>(p, job, turns, tile);
+    else
+        take_rows<DTYPE, 1>(p, job, turns, tile);
+}
+
+// All dtypes in one: only the beginning differs.
 PRIM void append(const Append& p) {
     DYN_SMEM(smem);
     const int i0 = blockIdx.x * GROUP;
@@ -212,10 +217,12 @@ PRIM void append(const Append& p) {
         for (int f = threadIdx.x; f < p.rotation.pairs; f += THREADS) turns[f] = p.rotation.turns[f];
         block_sync();
     }
-    if (p.wide)
-        take_rows<DTYPE, WIDEST<DTYPE>>(p, job, turns, tile);
+    if (p.dtype == F32)
+        take_any<F32>(p, job, turns, tile);
+    else if (p.dtype == BF16)
+        take_any<BF16>(p, job, turns, tile);
     else
-        take_rows<DTYPE, 1>(p, job, turns, tile);
+        take_any<F16>(p, job, turns, tile);
     if (page.format == DENSE) return;
     block_sync();
     if (page.format == INT8)
@@ -342,9 +349,7 @@ PRIM void read_any(const Read& p) {
         read<DTYPE, 1>(p);
 }
 
-KERNEL(THREADS, 3) kv_append_f32(PARAM Append p) { append<F32>(p); }
-KERNEL(THREADS, 3) kv_append_bf16(PARAM Append p) { append<BF16>(p); }
-KERNEL(THREADS, 3) kv_append_f16(PARAM Append p) { append<F16>(p); }
+KERNEL(THREADS, 3) kv_append(PARAM Append p) { append(p); }
 KERNEL(THREADS, 3) kv_read_f32(PARAM Read p) { read_any<F32>(p); }
 KERNEL(THREADS, 3) kv_read_bf16(PARAM Read p) { read_any<BF16>(p); }
 KERNEL(THREADS, 3) kv_read_f16(PARAM Read p) { read_any<F16>(p); }

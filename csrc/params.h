@@ -85,12 +85,12 @@ struct Rope {                     // rope_*
     Rotation rotation;
 };
 
-struct Append {                   // kv_append_*
+struct Append {                   // kv_append
     View k, v;                    // [batch, heads, len, head_dim]: token i becomes token at + i of the page
     Side page_k, page_v;
     int32_t heads, len, head_dim, at;
     int32_t wide;                 // here also the second half of what rotates, and rows of dense pages
-    int32_t reserved;
+    int32_t dtype;                // of rows
     Rotation rotation;            // of k
 };
 

@@ -115,7 +115,7 @@ pub const ROPE_TOKENS: usize = 4;
 pub static ROPE: ByDtype = by_dtype!("rope", "rope.cu", 256, 5120);
 
 /// See `csrc/kv.cu`; shared memory: what the widest rows take.
-pub static KV_APPEND: ByDtype = by_dtype!("kv_append", "kv.cu", 256, kv_smem(256));
+pub static KV_APPEND: Kernel = kernel("kv_append", "kv.cu", 256, kv_smem(256));
 /// As [`KV_APPEND`].
 pub static KV_READ: ByDtype = by_dtype!("kv_read", "kv.cu", 256, kv_smem(256));
 

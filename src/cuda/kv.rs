@@ -2,7 +2,7 @@
 
 use super::kernels::{KV_APPEND, KV_READ, kv_smem};
 use super::launch::{Context, param};
-use super::params::{Append, Read, Rotation};
+use super::params::{self, Append, Read, Rotation};
 use super::views::aligned;
 use crate::args::Side;
 use crate::error::{Error, Result};
@@ -51,11 +51,12 @@ pub unsafe fn kv_append(
         len: len as i32,
         head_dim: head_dim as i32,
         at: at as i32,
+        dtype: params::dtype(dtype),
         rotation,
         ..Append::default()
     };
     let whole = [head_dim, rotation.pairs as usize].iter().all(|n| (n * dtype.size()).is_multiple_of(16));
-    let dense = |s: &super::params::Side| s.format != 0 || aligned(&s.rows, 16);
+    let dense = |s: &params::Side| s.format != 0 || aligned(&s.rows, 16);
     let wide = aligned(&call.k, 16) && aligned(&call.v, 16) && dense(&call.page_k) && dense(&call.page_v);
     call.wide = i32::from(whole && wide);
     check_codes("k page", &call.page_k)?;
@@ -65,7 +66,7 @@ pub unsafe fn kv_append(
     let shape = || format!("[{batch}, {heads}, {len}, {head_dim}] to token {at}");
     let smem = if compact { kv_smem(head_dim) } else { kv_smem(0) };
     // SAFETY: the caller's promise; the parameter is what the kernels' signature says.
-    unsafe { cx.launch_with(KV_APPEND.of(dtype), smem, grid, &mut [param(&call)], &shape) }
+    unsafe { cx.launch_with(&KV_APPEND, smem, grid, &mut [param(&call)], &shape) }
 }
 
 /// Tokens `start ..` of a page as dense rows, as many as `out` `[batch, kv_heads, n, head_dim]` has.
@@ -102,7 +103,7 @@ pub unsafe fn kv_read(name: &str, page: Side, start: usize, out: TensorMut, cx: 
 }
 
 /// Codes are read and written 16 bytes at a time, their params 2.
-fn check_codes(name: &str, side: &super::params::Side) -> Result<()> {
+fn check_codes(name: &str, side: &params::Side) -> Result<()> {
     if side.format != 0 && !(aligned(&side.rows, 16) && aligned(&side.params, 2)) {
         return Err(Error::value(
             name,

@@ -196,7 +196,7 @@ pub struct Rope {
     pub rotation: Rotation,
 }
 
-/// A call of `kv_append_*`.
+/// A call of `kv_append`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Append {
@@ -218,8 +218,8 @@ pub struct Append {
     pub at: i32,
     /// Whether rows, and their parts, begin at multiples of 16 bytes.
     pub wide: i32,
-    /// Padding.
-    pub reserved: i32,
+    /// Of rows; see [`dtype`].
+    pub dtype: i32,
     /// Of keys.
     pub rotation: Rotation,
 }

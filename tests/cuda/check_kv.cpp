@@ -151,16 +151,15 @@ static bool check(const Case& c, int seed) {
 
     Append p = {};
     p.k = k.view(), p.v = v.view(), p.page_k = page_k.side(), p.page_v = page_v.side();
-    p.heads = c.heads, p.len = c.len, p.head_dim = c.head_dim, p.at = c.at;
+    p.heads = c.heads, p.len = c.len, p.head_dim = c.head_dim, p.at = c.at, p.dtype = c.dtype;
     const int size = c.dtype == F32 ? 4 : 2;
     p.wide = c.head_dim * size % 16 == 0 && c.pairs * size % 16 == 0 && is_aligned(p.k) && is_aligned(p.v) &&
              (c.k_format != DENSE || is_aligned(p.page_k.rows)) && (c.v_format != DENSE || is_aligned(p.page_v.rows));
     p.rotation.pairs = c.pairs, p.rotation.positions = (uint64_t)positions.data(), p.rotation.scaling = 1.f;
     for (int f = 0; f < MAX_PAIRS; f++) p.rotation.turns[f] = random();
     const bool compact = c.k_format != DENSE || c.v_format != DENSE;
-    auto append = c.dtype == F32 ? kv_append_f32 : c.dtype == BF16 ? kv_append_bf16 : kv_append_f16;
     launch({(unsigned)(c.len + 63) / 64, (unsigned)c.heads * 2, (unsigned)c.batch}, smem_bytes(compact ? width_of(c.head_dim) : 0), seed,
-           [&] { append(p); });
+           [&] { kv_append(p); });
 
     for (int b = 0; b < c.batch; b++)
         for (int h = 0; h < c.heads; h++)
