@@ -21,6 +21,8 @@ from .formats import Side
 Pages = Side | Sequence[Side]
 ALIGN = 256
 """Workspaces begin at a multiple of so many bytes, as whatever `torch.empty` gives on a GPU does."""
+MAX_PARTIALS = 32
+"""Of one launch; more are merged in turns."""
 _host_memory = False
 
 
@@ -157,8 +159,8 @@ def attention(
             causal=causal,
             softmax_scale=softmax_scale,
             q_start=q_start,
-            kv_start=bound(kv_start, q),
-            kv_end=bound(kv_end, q),
+            kv_start=bound("kv_start", kv_start, q),
+            kv_end=bound("kv_end", kv_end, q),
             kv_len=kv_len,
             workspace=_workspace(size, device),
             stream=stream,
@@ -169,6 +171,12 @@ def attention(
 def merge_partials(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
     """As `_core.merge_partials`."""
     check(out.device)
+    while len(outs) > MAX_PARTIALS:
+        first, sums = outs[:MAX_PARTIALS], lses[:MAX_PARTIALS]
+        joined = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        sum_ = torch.empty(lse.shape, dtype=torch.float32, device=out.device)
+        merge_partials(first, sums, joined, sum_)
+        outs, lses = [joined, *outs[MAX_PARTIALS:]], [sum_, *lses[MAX_PARTIALS:]]
     with _at(out.device) as stream:
         _core.cuda_merge_partials(outs, lses, out, lse, stream=stream)
 
@@ -223,10 +231,12 @@ def kv_read(side: Side, start: int, out: Tensor, of: str) -> None:
         _core.cuda_kv_read(side, start, out, of, stream=stream)
 
 
-def bound(x: Tensor | int | None, like: Tensor) -> Tensor | None:
+def bound(name: str, x: Tensor | int | None, like: Tensor) -> Tensor | None:
     """A bound of each batch row as the kernels take it, int64 `[batch]` on the device of `like`; made there from an int."""
     if x is None or isinstance(x, Tensor):
         return x
+    if not 0 <= x < 1 << 62:
+        raise ValueError(f"{name}: expected a token from 0 to 2^62, got {x}")
     return torch.full((like.shape[0],), x, dtype=torch.int64, device=like.device)
 
 
