@@ -1,7 +1,7 @@
 """The way to the GPU without one: torch's tensors, the core's door, the driver's calls, and the kernels' own source, run
 on the CPU by a driver of ours (tests/cuda/fake_driver.cpp). In processes of their own: a driver can't be changed.
 
-The cases are those that the CPU's engine is tested with.
+The cases are those that the CPU's engine is tested with: `pytest -m "slow or not slow" tests/python/test_cuda_driver.py`.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ CASES = {
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CASES)
 def test_the_cases_of_the_cpu(over, what):
     least, *selected = CASES[what]
@@ -102,6 +103,7 @@ def test_whole_models(over):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_on_another_gpu(over):
     """Where the kernels for sm_90a don't run, and asynchronous copies come as late as can be."""
     command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "over_driver.py", "-k", "narrow or driver")
