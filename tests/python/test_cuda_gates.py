@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +15,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 sys.path.insert(0, str(CSRC))
 import gates  # noqa: E402
 import sass  # noqa: E402
-from nvrtc import Entry, Nvrtc, Program, fits, installed, kernel_files, source_hash  # noqa: E402
+from nvrtc import CompileError, Entry, Nvrtc, Program, fits, installed, kernel_files, source_hash  # noqa: E402
 
 ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a")
 TUNED_WITH = (12, 9)  # compilers before it may spill where the later ones don't; they have to compile all the same
@@ -30,11 +32,17 @@ def absent(what: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def nvrtc() -> Nvrtc:
+def nvrtc(request: pytest.FixtureRequest) -> Nvrtc:
     library = installed()
     if library is None:
         absent("no NVRTC here: this torch comes without CUDA (LLAMA1M_CUDA_NVRTC names one)")
-    return Nvrtc(library)
+    found = Nvrtc(library)
+    # What the tests to come will ask for, on all cores: one after the other it takes a minute and a half.
+    wanted = {tuple(item.callspec.params.values()) for item in request.session.items if hasattr(item, "callspec")}
+    pairs = [pair for pair in COMPILED if pair in wanted and pair[1].rstrip("a") in found.archs()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.suppress(CompileError):
+        list(pool.map(lambda pair: compiled(found.path, *pair), pairs))  # an error is its test's to tell
+    return found
 
 
 @pytest.fixture(scope="session")
