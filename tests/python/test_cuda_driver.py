@@ -99,7 +99,15 @@ def test_the_cases_of_the_cpu(over, what):
 
 @needs_compiler
 def test_whole_models(over):
-    assert passed(over("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "over_driver.py")) >= 12
+    assert passed(over("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "over_driver.py")) >= 15
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["eager", "random"])
+def test_pages_rope_and_merge(over, mode):
+    """Against the CPU's engine, pages byte for byte."""
+    said = over("-m", "pytest", "-q", "-p", "no:cacheprovider", "over_driver_verbs.py", LLAMA1M_FAKE_MODE=mode)
+    assert passed(said) >= 74
 
 
 @needs_compiler
