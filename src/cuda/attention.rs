@@ -1,5 +1,6 @@
 //! Attention on a GPU: which kernel, how many launches, how much workspace.
 
+use super::decode;
 use super::driver::Device;
 use super::kernels;
 use super::kv::kv_read;
@@ -26,6 +27,8 @@ pub enum Path {
     Any,
     /// `attention_sm80`.
     Sm80,
+    /// `decode`.
+    Decode,
 }
 
 impl Path {
@@ -38,17 +41,28 @@ impl Path {
             "auto" => Ok(Self::Auto),
             "any" => Ok(Self::Any),
             "sm80" => Ok(Self::Sm80),
-            _ => Err(Error::value("path", "auto, any or sm80", name)),
+            "decode" => Ok(Self::Decode),
+            _ => Err(Error::value("path", "auto, any, sm80 or decode", name)),
         }
     }
 
     /// What `auto` stands for; a path that was asked for, if it serves these tensors.
     fn settle(self, q: &TensorRef, kv: &KvRef) -> Result<Self> {
-        let why = untuned(q, kv);
-        match (self, why) {
-            (Self::Any, _) | (Self::Auto, Some(_)) => Ok(Self::Any),
-            (Self::Auto | Self::Sm80, None) => Ok(Self::Sm80),
-            (Self::Sm80, Some(why)) => Err(Error::value("path", format!("any or auto for {why}"), "sm80")),
+        let [_, q_heads, q_len, _] = q.shape();
+        let rows = q_heads / kv.shape()[1].max(1) * q_len;
+        match self {
+            Self::Auto if rows <= decode::ROWS && decode::unserved(q, kv).is_none() => Ok(Self::Decode),
+            Self::Auto if untuned(q, kv).is_none() => Ok(Self::Sm80),
+            Self::Auto => Ok(Self::Any),
+            asked => {
+                let why = match asked {
+                    Self::Decode => decode::unserved(q, kv),
+                    Self::Sm80 => untuned(q, kv),
+                    Self::Any | Self::Auto => None,
+                };
+                let refuse = |why| Err(Error::value("path", format!("any or auto for {why}"), format!("{asked:?}")));
+                why.map_or(Ok(asked), refuse)
+            }
         }
     }
 }
@@ -148,10 +162,13 @@ fn launches(kv: &KvRef, path: Path) -> Vec<Launch> {
 /// # Errors
 /// When the path does not serve the call.
 pub fn workspace_bytes(q: &TensorRef, kv: &KvRef, out_f32: bool, path: Path, device: &Device) -> Result<usize> {
-    let _ = (out_f32, device); // they make no difference to the kernels that there are
+    let _ = out_f32; // makes no difference to the kernels that there are
     // Whatever else about the call makes `auto` fall back: there is room for that, too.
     let fallback = Plan::new(q, kv, Path::Any).bytes();
-    Ok(Plan::new(q, kv, path.settle(q, kv)?).bytes().max(fallback))
+    let path = path.settle(q, kv)?;
+    let wanted =
+        if path == Path::Decode { decode::Plan::new(q, kv, device).bytes() } else { Plan::new(q, kv, path).bytes() };
+    Ok(wanted.max(fallback))
 }
 
 /// Exact attention of q over the visible keys. Memory is the device's; `workspace`: address and bytes.
@@ -184,19 +201,27 @@ pub unsafe fn attention(
     }
     let call = views::attn(p, bounds);
     let mut kernel = path.settle(&p.q, &p.kv)?;
-    if kernel == Path::Sm80 && !(call.scale > 0.0 && views::aligned(&call.out, 4)) {
+    if kernel != Path::Any && !(call.scale > 0.0 && views::aligned(&call.out, 4)) {
         if path != Path::Auto {
             let want = "auto or any for a softmax_scale that is not positive, or rows of out off multiples of 4 bytes";
             return Err(Error::value("path", want, format!("{path:?}")));
         }
         kernel = Path::Any;
     }
-    let plan = Plan::new(&p.q, &p.kv, kernel);
     let (at, given) = workspace.unwrap_or_default();
-    if given < plan.bytes() || !(at as usize).is_multiple_of(ALIGN) {
-        let want = format!("{} bytes at a multiple of {ALIGN}", plan.bytes());
-        return Err(Error::value("workspace", want, format!("{given} bytes at {at:#x}")));
+    let check = |bytes: usize| {
+        let want = format!("{bytes} bytes at a multiple of {ALIGN}");
+        let fits = given >= bytes && (at as usize).is_multiple_of(ALIGN);
+        if fits { Ok(()) } else { Err(Error::value("workspace", want, format!("{given} bytes at {at:#x}"))) }
+    };
+    if kernel == Path::Decode {
+        let plan = decode::Plan::new(&p.q, &p.kv, cx.device);
+        check(plan.bytes())?;
+        // SAFETY: the caller's promise.
+        return unsafe { decode::decode(p, &call, &plan, at, cx) };
     }
+    let plan = Plan::new(&p.q, &p.kv, kernel);
+    check(plan.bytes())?;
     let outs = at;
     let lses = outs + (plan.partials * plan.out_bytes) as u64;
     let total = lses + (plan.partials * plan.lse_bytes) as u64;
@@ -221,7 +246,7 @@ pub unsafe fn attention(
         unsafe {
             match kernel {
                 Path::Sm80 => sm80(p, &call, cx)?,
-                Path::Any | Path::Auto => any(p, &call, cx)?,
+                Path::Any | Path::Auto | Path::Decode => any(p, &call, cx)?,
             }
         }
         if n == 0 {

@@ -9,10 +9,12 @@ macro_rules! sources {
 }
 
 /// Sources that NVRTC compiles, one program each.
-pub const SOURCES: &[(&str, &str)] = sources!["attention_any.cu", "attention_sm80.cu", "kv.cu", "merge.cu", "rope.cu"];
+pub const SOURCES: &[(&str, &str)] =
+    sources!["attention_any.cu", "attention_sm80.cu", "decode.cu", "kv.cu", "merge.cu", "rope.cu"];
 
 /// What they include, by name, in byte order of the names.
 pub const HEADERS: &[(&str, &str)] = sources![
+    "codes.cuh",
     "elements.cuh",
     "encode.cuh",
     "mask.cuh",
@@ -91,11 +93,35 @@ pub fn attention_sm80(dtype: DType, head_dim: usize) -> Result<&'static Kernel> 
         sm80("attention_sm80_f16_d64", 64),
         sm80("attention_sm80_f16_d128", 128),
     ];
+    tuned(&KERNELS, dtype, head_dim)
+}
+
+const fn decode_smem(head_dim: usize) -> u32 {
+    let ring = (256 / head_dim) * (64 * head_dim + 512);
+    (4 * ring + 16 * head_dim * 2 + 288) as u32
+}
+
+/// The kernel of `csrc/decode.cu` for a dtype and head_dim.
+///
+/// # Errors
+/// When there is none.
+pub fn decode(dtype: DType, head_dim: usize) -> Result<&'static Kernel> {
+    static KERNELS: [Kernel; 4] = [
+        kernel("decode_bf16_d64", "decode.cu", 128, decode_smem(64)),
+        kernel("decode_bf16_d128", "decode.cu", 128, decode_smem(128)),
+        kernel("decode_f16_d64", "decode.cu", 128, decode_smem(64)),
+        kernel("decode_f16_d128", "decode.cu", 128, decode_smem(128)),
+    ];
+    tuned(&KERNELS, dtype, head_dim)
+}
+
+/// Of four kernels, bfloat16 before float16 and head_dim 64 before 128, the one for a call.
+fn tuned(kernels: &'static [Kernel; 4], dtype: DType, head_dim: usize) -> Result<&'static Kernel> {
     match (dtype, head_dim) {
-        (DType::BF16, 64) => Ok(&KERNELS[0]),
-        (DType::BF16, 128) => Ok(&KERNELS[1]),
-        (DType::F16, 64) => Ok(&KERNELS[2]),
-        (DType::F16, 128) => Ok(&KERNELS[3]),
+        (DType::BF16, 64) => Ok(&kernels[0]),
+        (DType::BF16, 128) => Ok(&kernels[1]),
+        (DType::F16, 64) => Ok(&kernels[2]),
+        (DType::F16, 128) => Ok(&kernels[3]),
         _ => {
             Err(Error::value("head_dim", "64 or 128 of bfloat16 or float16", format!("{head_dim} of {}", dtype.name())))
         }

@@ -5,6 +5,7 @@
 
 pub mod attention;
 pub mod cubin;
+pub mod decode;
 pub mod driver;
 pub mod kernels;
 pub mod kv;
