@@ -12,6 +12,7 @@
 #include "elements.cuh"
 #include "mask.cuh"
 #include "segment.cuh"
+#include "walk.cuh"
 
 constexpr int THREADS = 128, WARPS = 4, BLOCK_Q = 128, BLOCK_KV = 64;
 constexpr int TILES = BLOCK_Q / WARPS / 16;  // of 16 queries, of a warp
@@ -59,36 +60,8 @@ PRIM uint32_t pack(float lo, float hi) {
     return BF16_ ? pack_bf16(lo, hi) : pack_f16(lo, hi);
 }
 
-// The keys that a block of queries goes over, BLOCK_KV at a time, page by page.
-struct Walk {
-    int page, key, stop;  // in which page; the first key of the block; one past the last one that is wanted from that page
-    int n;                // keys of this block; 0: there are no more
-
-    MEMBER void enter(const Attn& p, int lo, int end) {
-        for (; page < p.pages; page++) {
-            const int first = p.page[page].first, last = first + p.page[page].tokens;
-            key = lo > first ? lo : first;
-            stop = end < last ? end : last;
-            if (key < stop) break;
-        }
-        settle(p);
-    }
-    MEMBER void next(const Attn& p, int lo, int end) {
-        key += BLOCK_KV;
-        if (key < stop) {
-            settle(p);
-        } else {
-            page++;
-            enter(p, lo, end);
-        }
-    }
-    MEMBER void settle(const Attn& p) {
-        n = page == p.pages ? 0 : stop - key < BLOCK_KV ? stop - key : BLOCK_KV;
-    }
-};
-
 template <int D>
-PRIM void load_side(uint32_t tile, const View& rows, const Walk& at, int first, int b, int kv_head) {
+PRIM void load_side(uint32_t tile, const View& rows, const Walk<BLOCK_KV>& at, int first, int b, int kv_head) {
     load_rows<D, BLOCK_KV>(tile, row_address(rows, b, kv_head, at.key - first), rows.row_stride, at.n);
     cp_async_commit();
 }
@@ -116,7 +89,7 @@ PRIM void scores(float (&s)[TILES][BLOCK_KV / 8][4], uint32_t q, uint32_t k, int
 
 // Scores of keys that a query does not see, or that are beyond the block, become -inf. `reach`: as far as causality goes,
 // the first row of this thread sees keys before that.
-PRIM void mask(float (&s)[TILES][BLOCK_KV / 8][4], int reach, const Walk& at, int lane) {
+PRIM void mask(float (&s)[TILES][BLOCK_KV / 8][4], int reach, const Walk<BLOCK_KV>& at, int lane) {
     UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int r = 0; r < 2; r++) {
         const int seen = reach + t * 16 + r * 8 - at.key;
         const int end = (seen < at.n ? seen : at.n) - lane % 4 * 2;
@@ -193,8 +166,8 @@ PRIM void attention_sm80(const Attn& p) {
     int held = 0;        // keys whose outputs are in o
     bool begun = false;  // others are in total
 
-    Walk at{0, 0, 0, 0};
-    at.enter(p, row.lo, end);
+    Walk<BLOCK_KV> at;
+    at.begin(p, row.lo, end);
     load_rows<D, BLOCK_Q>(q, row_address(p.q, b, head_here(p), q0), p.q.row_stride, p.q_len - q0);
     if (at.n) load_side<D>(k, p.page[at.page].k.rows, at, p.page[at.page].first, b, kv_head);
     while (at.n) {

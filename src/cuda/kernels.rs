@@ -23,6 +23,7 @@ pub const HEADERS: &[(&str, &str)] = sources![
     "ptx.cuh",
     "segment.cuh",
     "vectors.cuh",
+    "walk.cuh",
 ];
 
 /// An entry point of a source.

@@ -1,6 +1,6 @@
 """Bugs for check_attention_sm80.cpp to see."""
 
-SM80, SEGMENT, MASK = "attention_sm80.cu", "segment.cuh", "mask.cuh"
+SM80, SEGMENT, MASK, WALK = "attention_sm80.cu", "segment.cuh", "mask.cuh", "walk.cuh"
 MUTATIONS = [
     (
         SM80,
@@ -42,8 +42,8 @@ MUTATIONS = [
     (SM80, "base = most == -INF ? 0.f : most * p.scale", "base = most * p.scale", "NaN where nothing is seen yet"),
     (SM80, "to == -INF ? 1.f :", "", "NaN where nothing has been seen"),
     (SM80, "gridDim.x / group - 1 - blockIdx.x / group", "gridDim.x / group - 1 - blockIdx.x % group", "tiles of queries by head"),
-    (SM80, "key = lo > first ? lo : first;", "key = first;", "keys before kv_start are read"),
-    (SM80, "stop = end < last ? end : last;", "stop = end;", "keys beyond a page are read"),
+    (WALK, "key = lo > first ? lo : first;", "key = first;", "keys before kv_start are read"),
+    (WALK, "stop = end < last ? end : last;", "stop = end;", "keys beyond a page are read"),
     (SM80, "at.key - first)", "at.key)", "rows of later pages"),
     (SM80, "to.m[r] = m[t][r];", "to.m[r] = 0.f;", "the maximum of a folded segment is forgotten"),
     (SM80, "1.f / sum;", "1.f / (sum + 1.f);", "weights that do not add up to 1"),
