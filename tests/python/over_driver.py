@@ -9,6 +9,7 @@ import torch
 
 import llama1m_ext
 from llama1m_ext import LongCache, _core, cuda, ops, saved, testing
+from llama1m_ext.pinned import HostPage, HostStore
 
 torch.set_num_threads(1)
 
@@ -125,6 +126,54 @@ def test_pages_on_a_disk(tmp_path):
         first = model(ids, past_key_values=cache, logits_to_keep=1).logits
         assert cache.layers[0].store is not None
         return torch.cat([first, model(ids[:, :3], past_key_values=cache).logits], 1)
+
+    ours, theirs = both(run)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_pages_in_main_memory():
+    """Pages behind a GPU come through its buffers; the last ones are there."""
+    ids = testing.random_ids(2, 700)
+
+    def run():
+        model = testing.tiny_model()
+        llama1m_ext.set_options(model, chunk=128)
+        cache, store = LongCache(kv="int8", config=model.config), HostStore(1 << 16, 2)
+        for layer in cache.layers:
+            layer.keep_in(store)
+        first = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        assert any(isinstance(page, HostPage) for page in cache.layers[0].pages)
+        return torch.cat([first, model(ids[:, :3], past_key_values=cache).logits], 1)
+
+    ours, theirs = both(run)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_beams():
+    def run():
+        model = testing.tiny_model()
+        llama1m_ext.set_options(model, kv="int8")
+        ids = testing.random_ids(1, 330)
+        more = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=3, **more)
+        stats = llama1m_ext.stats(model)
+        assert (stats.stock, stats.served) == ({}, 2 * 8)
+        return found
+
+    ours, theirs = both(run)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_prompt_that_is_remembered(tmp_path):
+    book, questions = testing.random_ids(1, 600), [testing.random_ids(1, 9, seed=n) for n in (1, 2)]
+
+    def run():
+        model = testing.tiny_model()
+        llama1m_ext.set_options(model, chunk=128)
+        llama1m_ext.remember(model, tmp_path / str(cuda._host_memory))
+        logits = [model(torch.cat([book, q], 1), logits_to_keep=1).logits for q in questions]
+        assert llama1m_ext.stats(model).reused >= 600
+        return torch.cat(logits)
 
     ours, theirs = both(run)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 import llama1m_ext
+import test_pinned
 from llama1m_ext import (
     LongCache,
     call,
@@ -25,6 +26,7 @@ from llama1m_ext import (
     memory,
     offload,
     ops,
+    pinned,
     placement,
     plan_bytes,
     plan_call,
@@ -452,6 +454,27 @@ def test_a_plan_for_all_devices_is_the_most_careful_one():
     assert plan_call._for_all([storage("model"), storage("int8")]) == storage("int8")
     assert plan_call._for_all([storage("int4", None), one]) == storage("int4", "host", 14 << 20)
     assert plan_call._for_all([storage("fp8"), storage("fp8")]) == storage("fp8")
+
+
+@pytest.mark.parametrize("devices", [(ONE,), (ONE, TWO)])
+def test_pages_that_a_gpu_has_no_room_for_go_to_the_host(asked, monkeypatch, devices):
+    test_pinned.Streams(monkeypatch)
+    monkeypatch.setattr(pinned, "Slabs", lambda pinned: test_pinned.Slabs(False))
+    model = model_on(*devices)
+    llama1m_ext.set_options(model, chunk=128, kv="model", offload="host", kv_memory=1 << 17, progress=False)
+    cache = LongCache()
+    with torch.no_grad():
+        for n in (1000, 1, 1):
+            model(torch.zeros(1, n, dtype=torch.long, device=ONE), past_key_values=cache, logits_to_keep=1)
+    assert len({id(layer.store) for layer in cache.layers}) == len(devices)
+    for layer, device in zip(cache.layers, devices, strict=True):
+        assert layer.store.where == "host"
+        far = [page for page in layer.pages if isinstance(page, pinned.HostPage)]
+        assert far
+        assert {page.lane.device for page in far} == {device}
+        assert sum(page.nbytes for page in layer.pages[:-1] if isinstance(page, Page)) <= layer.store.share
+        assert layer.store.traffic.pages >= 2 * len(far)
+    assert cache.get_seq_length() == 1002
 
 
 def test_a_prompt_is_refused_where_one_of_the_gpus_is_full(asked, monkeypatch):
