@@ -1,5 +1,5 @@
-// decode.cu against float64: pages of all formats in one call, splits, groups, masks; and the CUDA engine's own numbers
-// (codes exact, q * scale rounded to float16, p * scale and offsets of V to bfloat16) as the bound of the error.
+// decode.cu against float64: pages of all formats in one call, splits, groups, masks. The bound of an error of compact pages is
+// derived from the kernel's own roundings: q and q * scale to float16, p * scale to bfloat16, p beside offsets to float16, out.
 #define SHIM_IMPL
 #include "attention_case.h"
 #include "decode.cu"
@@ -18,7 +18,7 @@ struct CompactCase {
     std::vector<Format2> formats;    // of each page
     bool causal = true;
     std::vector<int64_t> kv_start = {}, kv_end = {};
-    int split_len = 64, stages = 2;
+    int split_len = 64;
     bool out_f32 = false;
     float spread = 1.f;
 };
@@ -29,10 +29,8 @@ class CompactPage {
     CompactPage(const CompactCase& c, Format2 f, int tokens, Random& random)
         : f(f), c(c), tokens(tokens), groups((tokens + GROUP - 1) / GROUP), room(groups * GROUP) {
         const int heads = c.batch * c.kv_heads, d = c.head_dim;
-        if (f.k == DENSE) {
-            k = std::make_unique<Tensor4>(c.dtype, c.batch, c.kv_heads, room, d);
-            v = std::make_unique<Tensor4>(c.dtype, c.batch, c.kv_heads, room, d);
-        }
+        if (f.k == DENSE) k = std::make_unique<Tensor4>(c.dtype, c.batch, c.kv_heads, room, d);
+        if (f.v == DENSE) v = std::make_unique<Tensor4>(c.dtype, c.batch, c.kv_heads, room, d);
         key.resize((size_t)heads * tokens * d);
         value.resize(key.size());
         key_size.resize(key.size());
@@ -42,23 +40,31 @@ class CompactPage {
         v_params.assign((size_t)heads * 2 * (d / GROUP) * room + 8, 0x7e00);
         for (int h = 0; h < heads; h++) fill(h, random);
     }
+    // Values that are hidden may be anything: their elements, or scales and offsets, become NaN.
+    void hide(int b, int lo, int hi) {
+        const int blocks = c.head_dim / GROUP;
+        for (int i = 0; i < tokens; i++) {
+            if (i >= lo && i < hi) continue;
+            for (int head = 0; head < c.kv_heads; head++) {
+                uint16_t* const params = (uint16_t*)base(v_params.data()) + (size_t)(b * c.kv_heads + head) * 2 * blocks * room;
+                for (int d = 0; v && d < c.head_dim; d++) v->set(b, head, i, d, NAN);
+                for (int d = 0; k && d < c.head_dim; d++) k->set(b, head, i, d, NAN);
+                for (int n = 0; n < 2 * blocks; n++) params[n * room + i] = 0x7e00;
+            }
+        }
+    }
     Page page(int first) const {
         Page p = {};
         p.first = first;
         p.tokens = tokens;
         const int64_t d = c.head_dim, k_row = GROUP * d / (f.k == INT4 ? 2 : 1), v_row = d / (f.v == INT4 ? 2 : 1);
-        if (f.k == DENSE) {
-            p.k.rows = k->view();
-            p.v.rows = v->view();
-            return p;
-        }
         auto four = [&](const void* at, int64_t row, int64_t rows) {
             return View{(uint64_t)at, row * rows * c.kv_heads, row * rows, row};
         };
-        p.k.rows = four(base(k_codes.data()), k_row, groups);
-        p.v.rows = four(base(v_codes.data()), v_row, room);
-        p.k.params = four(base(k_params.data()), 4 * d, groups);
-        p.v.params = four(base(v_params.data()), 2 * room, 2 * d / GROUP);
+        p.k.rows = k ? k->view() : four(base(k_codes.data()), k_row, groups);
+        p.v.rows = v ? v->view() : four(base(v_codes.data()), v_row, room);
+        if (!k) p.k.params = four(base(k_params.data()), 4 * d, groups);
+        if (!v) p.v.params = four(base(v_params.data()), 2 * room, 2 * d / GROUP);
         p.k.format = f.k;
         p.v.format = f.v;
         return p;
@@ -80,57 +86,52 @@ class CompactPage {
         return f == INT4 ? bits & 15 : f == FP8 && (bits & 0x7f) == 0x7f ? 0x7e : bits & 255;
     }
     void fill(int h, Random& random) {
-        const int d_len = c.head_dim;
-        if (f.k == DENSE) {
-            const int b = h / c.kv_heads, head = h % c.kv_heads;
-            for (int i = 0; i < tokens; i++)
-                for (int d = 0; d < d_len; d++) {
-                    k->set(b, head, i, d, random.normal());
-                    v->set(b, head, i, d, random.normal());
-                    const size_t n = ((size_t)h * tokens + i) * d_len + d;
-                    key[n] = k->get(b, head, i, d);
-                    key_size[n] = std::fabs(key[n]);
-                    value[n] = v->get(b, head, i, d);
-                }
-            return;
+        for (int i = 0; i < tokens; i++)
+            for (int d = 0; d < c.head_dim; d++) {
+                const size_t n = ((size_t)h * tokens + i) * c.head_dim + d;
+                key[n] = k ? dense(*k, h, i, d, random) : compact_key(h, i, d, random, key_size[n]);
+                if (k) key_size[n] = std::fabs(key[n]);
+                value[n] = v ? dense(*v, h, i, d, random) : compact_value(h, i, d, random);
+            }
+    }
+    double dense(Tensor4& side, int h, int i, int d, Random& random) {
+        side.set(h / c.kv_heads, h % c.kv_heads, i, d, random.normal());
+        return side.get(h / c.kv_heads, h % c.kv_heads, i, d);
+    }
+    static double unit(Format f) { return f == INT8 ? .02 : f == INT4 ? .3 : .006; }
+    // Scales and offsets are drawn when the first element comes that they belong to.
+    static double param(uint16_t& bits, double x) {
+        if (bits == 0x7e00) bits = float_to_half((float)x);
+        return half_to_float(bits);
+    }
+    double compact_key(int h, int i, int d, Random& random, double& size) {
+        const int group = i / GROUP, token = i % GROUP, d_len = c.head_dim;
+        uint8_t* const codes = (uint8_t*)base(k_codes.data()) + (size_t)(h * groups + group) * GROUP * d_len / (f.k == INT4 ? 2 : 1);
+        uint16_t* const params = (uint16_t*)base(k_params.data()) + (size_t)(h * groups + group) * 2 * d_len;
+        const double scale = param(params[d], (1 + .3 * random.normal()) * unit(f.k));
+        const double offset = param(params[d_len + d], random.normal() * .5);
+        const uint32_t code = draw(f.k, random);
+        if (f.k == INT4)
+            ((uint32_t*)codes)[d / 8 * GROUP + token] |= code << (4 * (d % 8 / 2) + 16 * (d % 2));
+        else
+            ((uint32_t*)codes)[d / 4 * GROUP + token] |= code << (8 * (d % 4));
+        size = std::fabs(scale * number(f.k, code)) + std::fabs(offset);
+        return scale * number(f.k, code) + offset;
+    }
+    double compact_value(int h, int i, int d, Random& random) {
+        const int d_len = c.head_dim, blocks = d_len / GROUP;
+        uint8_t* const codes = (uint8_t*)base(v_codes.data()) + (size_t)(h * room + i) * d_len / (f.v == INT4 ? 2 : 1);
+        uint16_t* const params = (uint16_t*)base(v_params.data()) + (size_t)h * 2 * blocks * room;
+        const double scale = param(params[d / GROUP * room + i], (1 + .3 * random.normal()) * unit(f.v));
+        const double offset = param(params[(blocks + d / GROUP) * room + i], random.normal() * .5);
+        const uint32_t code = draw(f.v, random);
+        if (f.v == INT4) {
+            uint8_t& byte = codes[d / GROUP * 32 + d % 32];
+            byte = d % GROUP < 32 ? (byte & 0xf0) | code : (byte & 15) | code << 4;
+        } else {
+            codes[d] = (uint8_t)code;
         }
-        const double k_unit = f.k == INT8 ? .02 : f.k == INT4 ? .3 : .006, v_unit = f.v == INT8 ? .02 : f.v == INT4 ? .3 : .006;
-        uint8_t* const ks = (uint8_t*)base(k_codes.data()) + (size_t)h * groups * GROUP * d_len / (f.k == INT4 ? 2 : 1);
-        uint8_t* const vs = (uint8_t*)base(v_codes.data()) + (size_t)h * room * d_len / (f.v == INT4 ? 2 : 1);
-        uint16_t* const kp = (uint16_t*)base(k_params.data()) + (size_t)h * groups * 2 * d_len;
-        uint16_t* const vp = (uint16_t*)base(v_params.data()) + (size_t)h * 2 * (d_len / GROUP) * room;
-        for (int group = 0; group < groups; group++)
-            for (int d = 0; d < d_len; d++) {
-                kp[group * 2 * d_len + d] = float_to_half((float)((1 + .3 * random.normal()) * k_unit));
-                kp[group * 2 * d_len + d_len + d] = float_to_half(random.normal() * .5f);
-            }
-        for (int i = 0; i < tokens; i++) {
-            const int group = i / GROUP, token = i % GROUP;
-            for (int block = 0; block < d_len / GROUP; block++) {
-                vp[block * room + i] = float_to_half((float)((1 + .3 * random.normal()) * v_unit));
-                vp[(d_len / GROUP + block) * room + i] = float_to_half(random.normal() * .5f);
-            }
-            for (int d = 0; d < d_len; d++) {
-                const uint32_t kc = draw(f.k, random), vc = draw(f.v, random);
-                uint32_t* const unit = (uint32_t*)(ks + (size_t)group * GROUP * d_len / (f.k == INT4 ? 2 : 1));
-                if (f.k == INT4)
-                    unit[d / 8 * GROUP + token] |= kc << (4 * (d % 8 / 2) + 16 * (d % 2));
-                else
-                    unit[d / 4 * GROUP + token] |= kc << (8 * (d % 4));
-                if (f.v == INT4) {
-                    uint8_t& byte = vs[(size_t)i * d_len / 2 + d / GROUP * 32 + d % 32];
-                    byte = d % GROUP < 32 ? (byte & 0xf0) | vc : (byte & 15) | vc << 4;
-                } else {
-                    vs[(size_t)i * d_len + d] = (uint8_t)vc;
-                }
-                const double scale = half_to_float(kp[group * 2 * d_len + d]), offset = half_to_float(kp[group * 2 * d_len + d_len + d]);
-                const size_t n = ((size_t)h * tokens + i) * d_len + d;
-                key[n] = scale * number(f.k, kc) + offset;
-                key_size[n] = std::fabs(scale * number(f.k, kc)) + std::fabs(offset);
-                value[n] = half_to_float(vp[d / GROUP * room + i]) * number(f.v, vc) +
-                           half_to_float(vp[(d_len / GROUP + d / GROUP) * room + i]);
-            }
-        }
+        return scale * number(f.v, code) + offset;
     }
     const Format2 f;
     const CompactCase& c;
@@ -141,10 +142,9 @@ class CompactPage {
 };
 
 // Launches the splits, and joins their partials in float64.
-static void decode_all(const Attn& given, int dtype, int head_dim, int split_len, int stages, cpu::Mode mode, uint64_t seed) {
+static void decode_all(const Attn& given, int dtype, int head_dim, int split_len, cpu::Mode mode, uint64_t seed) {
     Attn p = given;
     p.split_len = split_len;
-    p.stages = stages;
     p.splits = 0;
     for (int n = 0; n < p.pages; n++) p.splits += (p.page[n].tokens + split_len - 1) / split_len;
     p.splits = std::max(p.splits, 1);
@@ -155,8 +155,8 @@ static void decode_all(const Attn& given, int dtype, int head_dim, int split_len
     auto* const kernel = dtype == BF16 ? (head_dim == 64 ? decode_bf16_d64 : decode_bf16_d128)
                                        : (head_dim == 64 ? decode_f16_d64 : decode_f16_d128);
     const unsigned tiles = (p.q_heads / p.kv_heads * p.q_len + ROWS - 1) / ROWS;
-    cpu::launch({(unsigned)p.splits, p.kv_heads * tiles, (unsigned)p.batch}, {THREADS, 1, 1},
-                (size_t)stages * WARPS * STAGE_BYTES, [&] { kernel(p); }, mode, seed, 2);
+    cpu::launch({p.splits * tiles, (unsigned)p.kv_heads, (unsigned)p.batch}, {THREADS, 1, 1},
+                head_dim == 64 ? SMEM_BYTES<64> : SMEM_BYTES<128>, [&] { kernel(p); }, mode, seed, 2);
     if (p.splits == 1) return;
     size_t row = 0;
     for (int b = 0; b < p.batch; b++)
@@ -201,6 +201,9 @@ static void check_compact(const CompactCase& c, Verdict& verdict, bool quick) {
         firsts.push_back(firsts.back() + c.tokens[n]);
     }
     const int kv_len = firsts.back();
+    for (size_t n = 0; n < pages.size(); n++)
+        for (int b = 0; b < c.batch; b++)
+            pages[n]->hide(b, (c.kv_start.empty() ? 0 : (int)c.kv_start[b]) - firsts[n], (c.kv_end.empty() ? kv_len : (int)c.kv_end[b]) - firsts[n]);
     for (int n = 0; n < (quick ? 3 : 5); n++) {
         const cpu::Mode mode = n == 0 ? cpu::EAGER : n == 1 ? cpu::LAZY : cpu::RANDOM;
         const char* name = n == 0 ? "eager" : n == 1 ? "lazy" : "random";
@@ -218,7 +221,7 @@ static void check_compact(const CompactCase& c, Verdict& verdict, bool quick) {
         p.scale = (float)(1.4426950408889634 / std::sqrt((double)c.head_dim));
         p.pages = (int)pages.size();
         for (int i = 0; i < p.pages; i++) p.page[i] = pages[i]->page(firsts[i]);
-        decode_all(p, c.dtype, c.head_dim, c.split_len, c.stages, mode, 5 + 100 * n);
+        decode_all(p, c.dtype, c.head_dim, c.split_len, mode, 5 + 100 * n);
         verdict.runs++;
         size_t row = 0;
         for (int b = 0; b < c.batch; b++)
@@ -270,7 +273,7 @@ int main(int argc, char** argv) {
         {.name = "one key", .kv_len = 1},
         {.name = "a step and one", .kv_len = 17, .q_heads = 8},
         {.name = "many", .kv_len = 700, .q_heads = 4, .kv_heads = 2, .spread = 3},
-        {.name = "group of 5, seven queries", .head_dim = 64, .q_len = 7, .kv_len = 150, .q_heads = 10, .kv_heads = 2},
+        {.name = "group of 5, three queries", .head_dim = 64, .q_len = 3, .kv_len = 150, .q_heads = 10, .kv_heads = 2},
         {.name = "f16", .dtype = F16, .kv_len = 333, .q_heads = 4, .spread = 2},
         {.name = "f16 d64, 9 queries", .dtype = F16, .head_dim = 64, .q_len = 9, .kv_len = 130, .q_heads = 4},
         {.name = "pages", .kv_len = 300, .q_heads = 2, .cut = {1, 64, 130}, .spare = 3},
@@ -284,24 +287,34 @@ int main(int argc, char** argv) {
     for (int split_len : {64, 4096}) {
         failed |= check_all(split_len == 64 ? "decode, splits of 64" : "decode, one split a page", dense, quick,
                             [&](const Attn& p, const Case& c, cpu::Mode mode, uint64_t seed) {
-                                decode_all(p, c.dtype, c.head_dim, split_len, split_len == 64 ? 2 : 3, mode, seed);
+                                decode_all(p, c.dtype, c.head_dim, split_len, mode, seed);
                             });
     }
     const Format2 dd = {DENSE, DENSE}, i8 = {INT8, INT8}, i84 = {INT8, INT4}, i4 = {INT4, INT4}, f8 = {FP8, FP8};
+    std::vector<Format2> pairs;
+    for (Format k : {DENSE, INT8, INT4, FP8})
+        for (Format v : {DENSE, INT8, INT4, FP8}) pairs.push_back({k, v});
+    const std::vector<Format2> first(pairs.begin(), pairs.begin() + 8), second(pairs.begin() + 8, pairs.end());
+    const std::vector<int> eight = {64, 320, 70, 129, 64, 1, 200, 65};
     const std::vector<CompactCase> compact = {
-        {.name = "int8", .tokens = {64, 320, 70}, .formats = {dd, i8, dd}, .spread = 2},
-        {.name = "int8/int4", .tokens = {64, 192, 100}, .formats = {dd, i84, dd}, .split_len = 128, .stages = 3},
-        {.name = "int4", .tokens = {64, 256, 65}, .formats = {dd, i4, dd}},
-        {.name = "fp8", .tokens = {64, 256, 65}, .formats = {dd, f8, dd}, .spread = 2},
-        {.name = "int8 d64 f16", .dtype = F16, .head_dim = 64, .tokens = {64, 192, 65}, .formats = {dd, i8, dd}, .stages = 3},
-        {.name = "int4 d64", .head_dim = 64, .q_heads = 6, .kv_heads = 2, .q_len = 3, .tokens = {64, 192, 65}, .formats = {dd, i4, dd}},
-        {.name = "int8/int4 d64", .head_dim = 64, .batch = 2, .tokens = {320}, .formats = {i84}, .split_len = 1024},
-        {.name = "fp8 d64 f16", .dtype = F16, .head_dim = 64, .tokens = {320}, .formats = {f8}, .split_len = 1024, .stages = 3},
+        {.name = "all pairs, dense and int8 keys", .tokens = eight, .formats = first, .split_len = 192, .spread = 2},
+        {.name = "all pairs, int4 and fp8 keys", .tokens = eight, .formats = second, .split_len = 128, .spread = 2},
+        {.name = "all pairs, f16 d64", .dtype = F16, .head_dim = 64, .q_heads = 6, .kv_heads = 2, .tokens = eight, .formats = first},
+        {.name = "all pairs, bf16 d64", .head_dim = 64, .q_len = 3, .tokens = eight, .formats = second, .split_len = 320},
+        {.name = "all pairs, f16", .dtype = F16, .tokens = eight, .formats = second, .split_len = 4096},
+        {.name = "int8, long", .tokens = {1500}, .formats = {i8}, .split_len = 4096, .spread = 3},
+        {.name = "int4, long", .tokens = {1500}, .formats = {i4}, .split_len = 4096, .spread = 3},
+        {.name = "fp8, long", .tokens = {1500}, .formats = {f8}, .split_len = 4096, .spread = 3},
+        {.name = "int8/int4 d64, long", .head_dim = 64, .batch = 2, .tokens = {1100}, .formats = {i84}, .split_len = 1024},
+        {.name = "fp8 d64 f16, long", .dtype = F16, .head_dim = 64, .tokens = {1100}, .formats = {f8}, .split_len = 2048},
+        {.name = "large queries", .tokens = {130}, .formats = {i8}, .split_len = 4096, .spread = 3000},
+        {.name = "small queries", .tokens = {130}, .formats = {i4}, .spread = 1e-30f},
         {.name = "a page that is not full", .tokens = {200}, .formats = {i8}, .split_len = 128},
         {.name = "a page that is not full, int4", .tokens = {77}, .formats = {i4}, .split_len = 4096},
         {.name = "padding", .batch = 3, .q_len = 2, .tokens = {64, 256, 66}, .formats = {dd, i8, dd}, .kv_start = {0, 70, 380}, .kv_end = {386, 300, 386}},
         {.name = "padding, int4 and float32", .batch = 2, .tokens = {256}, .formats = {i4}, .kv_start = {33, 255}, .kv_end = {222, 256}, .out_f32 = true},
-        {.name = "all at once", .q_heads = 8, .kv_heads = 2, .tokens = {64, 64, 128, 64, 64, 65}, .formats = {dd, i8, i4, f8, i84, dd}},
+        {.name = "20 queries of a group of 3", .q_heads = 6, .kv_heads = 2, .q_len = 20, .tokens = {70, 128, 90}, .formats = {f8, i84, dd}, .split_len = 128},
+        {.name = "not causal", .q_len = 5, .tokens = {64, 100}, .formats = {i4, f8}, .causal = false, .split_len = 4096},
     };
     Verdict verdict;
     for (const CompactCase& c : compact) check_compact(c, verdict, quick);
