@@ -24,7 +24,7 @@ class Options:
 
     Attributes:
         chunk: how many queries of a long prompt go through a layer at a time; more takes more memory. `"auto"`: as many
-            as half a GiB of activations allows, or less where memory is short.
+            as half a GiB of activations allows (2 GiB on a GPU), or less where memory is short.
         min_layer_major_len: prompts at least this long are run one layer after the other, in chunks. `"auto"`: those
             longer than one chunk.
         progress: show a progress bar during a long prefill. `"auto"`: from 16384 tokens on.
@@ -34,9 +34,10 @@ class Options:
             V apart, `"int8/int4"` (also `"k8v4"`). The first 64 and the newest tokens always stay in the model's dtype, and a
             prompt's own attention is computed before its keys and values become compact. `"auto"`: the first of
             model, int8, int8/int4 and int4 that fits into memory.
-        offload: where pages live that don't fit: `"host"` (main memory), `"disk"` (a file), None (nowhere: an error
-            before the start). `"auto"`: the nearest that has room, where no format fits.
-        kv_memory: bytes of memory that the pages of a cache may take, as an int or "8GiB". `"auto"`: what is free.
+        offload: where pages live that don't fit: `"host"` (main memory, behind a GPU), `"disk"` (a file), None (nowhere: an
+            error before the start). `"auto"`: the nearest that has room, where no format fits.
+        kv_memory: bytes of memory that the pages of a cache may take where they are computed over (a GPU's, for a model
+            there), as an int or "8GiB". `"auto"`: what is free.
         offload_dir: the folder of that file. None: where temporary files go.
         checkpoint: a folder. A long prefill leaves there what it needs to go on after a kill, layer by layer.
         remember: a folder. Prompts read are kept there, and a prompt that begins as a kept one goes on from it.
