@@ -73,6 +73,7 @@ PRIM void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 PRIM void block_sync() { __syncthreads(); }
+PRIM void named_bar_arrive(int id, int n) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 PRIM void named_bar_sync(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 PRIM float shfl_xor(float v, int m) { return __shfl_xor_sync(0xffffffffu, v, m); }
 PRIM float ex2(float x) {
@@ -177,6 +178,13 @@ PRIM void tma_load_3d(uint32_t dst, const TensorMap* m, uint32_t bar, int c0, in
         "l"((uint64_t)m), "r"(bar), "r"(c0), "r"(c1), "r"(c2)
         : "memory");
 }
+PRIM void tma_load_4d(uint32_t dst, const TensorMap* m, uint32_t bar, int c0, int c1, int c2, int c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], "
+        "[%2];" ::"r"(dst),
+        "l"((uint64_t)m), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
 template <int N>
 PRIM void setmaxnreg_inc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
@@ -200,20 +208,47 @@ PRIM void wgmma_wait() {
     "30,%31,"                                                                                                          \
     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59," \
     "%60,%61,%62,%63}"
-// both operands in shared memory; TB = 1 when B is stored MN-major
-template <int TB>
-PRIM void wgmma_m64n128k16_ss(float (&d)[64], uint64_t a, uint64_t b, int accum) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " R64
-                 ", %64, %65, p, 1, 1, 0, %67; }"
-                 : D64
-                 : "l"(a), "l"(b), "r"(accum), "n"(TB));
+#define D32 D8(0), D8(8), D8(16), D8(24)
+#define R32                                                                                                            \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%" \
+    "30,%31}"
+// S = A B: both operands in shared memory, K-major; 64 x 128. A's dtype and B's: "bf16" or "f16".
+#define WGMMA_N128_SS(dtype)                                                                                      \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." dtype      \
+                 "." dtype " " R64 ", %64, %65, p, 1, 1, 0, 0; }"                                                 \
+                 : D64                                                                                            \
+                 : "l"(a), "l"(b), "r"(accum))
+// D += A B: A in registers, B in shared memory, MN-major.
+#define WGMMA_N128_RS(dtype)                                                                                 \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." dtype "." dtype " " R64                      \
+                 ", {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"                                                     \
+                 : D64                                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define WGMMA_N64_RS(dtype)                                                                                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." dtype "." dtype " " R32                       \
+                 ", {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"                                                     \
+                 : D32                                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+template <bool BF16_>
+PRIM void wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, int accum) {
+    if constexpr (BF16_)
+        WGMMA_N128_SS("bf16");
+    else
+        WGMMA_N128_SS("f16");
 }
-template <int TB>
-PRIM void wgmma_m64n128k16_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accum) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " R64
-                 ", {%64,%65,%66,%67}, %68, p, 1, 1, %70; }"
-                 : D64
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accum), "n"(TB));
+template <bool BF16_>
+PRIM void wgmma_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+    if constexpr (BF16_)
+        WGMMA_N128_RS("bf16");
+    else
+        WGMMA_N128_RS("f16");
+}
+template <bool BF16_>
+PRIM void wgmma_rs(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    if constexpr (BF16_)
+        WGMMA_N64_RS("bf16");
+    else
+        WGMMA_N64_RS("f16");
 }
 #endif
 #endif

@@ -418,6 +418,19 @@ PRIM void cp_async_wait() {
 PRIM void named_bar_sync(int id, int n) {
     cpu::meet(cpu::blk->bar[id], n, 0, &cpu::blk->bar[id], nullptr, "bar.sync", [](void**) {});
 }
+// Counts its threads and goes on; whoever syncs at the same barrier waits for them.
+PRIM void named_bar_arrive(int id, int n) {
+    cpu::Group& g = cpu::blk->bar[id];
+    if (g.arrived == 0) {
+        g.op = &g;
+        g.n = n;
+    }
+    SHIM_CHECK(g.n == n, "a barrier with two counts of threads");
+    if (++g.arrived == n) {
+        g.arrived = 0;
+        g.gen++;
+    }
+}
 PRIM void block_sync() { named_bar_sync(16, cpu::blk->nthr); }
 PRIM float shfl_xor(float v, int m) {
     struct S {
@@ -466,45 +479,65 @@ template <int N>
 PRIM void setmaxnreg_dec() {
     cpu::meet(cpu::my_wg(), 128, cpu::cur->id & 127, SHIM_OP, nullptr, "setmaxnreg", [](void**) {});
 }
-// same argument order as cuTensorMapEncodeTiled, rank 3, no interleave, element strides 1
-inline void tmap_encode_3d_bf16_sw128(TensorMap* m, const void* base, const uint64_t dim[3], const uint64_t stride[2],
-                                      const uint32_t box[3]) {
+// A map of 2-byte elements with the 128-byte swizzle: address, rank, then sizes, strides (bytes) and box of each dimension.
+inline void tmap_encode_sw128(TensorMap* m, int rank, const void* base, const uint64_t* dim, const uint64_t* stride,
+                              const uint32_t* box) {
     m->opaque[0] = (uint64_t)base;
-    for (int i = 0; i < 3; i++) {
-        m->opaque[1 + i] = dim[i];
-        m->opaque[6 + i] = box[i];
+    m->opaque[1] = rank;
+    for (int i = 0; i < 4; i++) {
+        m->opaque[2 + i] = i < rank ? dim[i] : 1;
+        m->opaque[6 + i] = i == 0 ? 2 : i < rank ? stride[i - 1] : 0;
+        m->opaque[10 + i] = i < rank ? box[i] : 1;
     }
-    m->opaque[4] = stride[0];
-    m->opaque[5] = stride[1];
 }
 PRIM uint32_t swz128(uint32_t a) { return a ^ ((a >> 7) & 7) << 4; }
-PRIM void tma_load_3d(uint32_t dst, const TensorMap* m, uint32_t bar, int c0, int c1, int c2) {
-    TensorMap t = *m;
-    const uint64_t* o = t.opaque;
-    cpu::sm(dst, o[6] * o[7] * o[8] * 2, 1024);
-    cpu::mb(bar);
-    cpu::asyncly([=] {
-        const uint64_t* o = t.opaque;
-        uint32_t a = dst;
-        for (uint32_t z = 0; z < o[8]; z++)
-            for (uint32_t y = 0; y < o[7]; y++)
-                for (uint32_t x = 0; x < o[6]; x++, a += 2) {
-                    int64_t g0 = c0 + (int64_t)x, g1 = c1 + (int64_t)y, g2 = c2 + (int64_t)z;
-                    uint16_t v = 0;
-                    if (g0 >= 0 && g1 >= 0 && g2 >= 0 && g0 < (int64_t)o[1] && g1 < (int64_t)o[2] && g2 < (int64_t)o[3])
-                        std::memcpy(&v, (const uint8_t*)o[0] + g0 * 2 + g1 * o[4] + g2 * o[5], 2);
-                    std::memcpy(cpu::blk->smem + swz128(a), &v, 2);
-                }
-        auto& b = cpu::mb(bar);
-        b.tx -= (long)(o[6] * o[7] * o[8] * 2);
-        cpu::mbar_check(bar);
+namespace cpu {
+inline void tma_load(uint32_t dst, const TensorMap* m, uint32_t bar, int rank, std::vector<int64_t> at) {
+    SHIM_CHECK(((uintptr_t)m & 63) == 0, "a tensor map not at a multiple of 64 bytes");
+    const TensorMap t = *m;
+    const uint64_t* const o = t.opaque;
+    SHIM_CHECK((int)o[1] == rank, "a tensor map of another rank");
+    const uint32_t bytes = (uint32_t)(o[10] * o[11] * o[12] * o[13] * 2);
+    sm(dst, bytes, 1024);
+    mb(bar);
+    at.resize(4);
+    asyncly([=] {
+        const uint64_t* const size = t.opaque + 2;
+        const uint64_t* const stride = t.opaque + 6;
+        const uint64_t* const box = t.opaque + 10;
+        uint32_t to = dst;
+        for (uint32_t w = 0; w < box[3]; w++)
+            for (uint32_t z = 0; z < box[2]; z++)
+                for (uint32_t y = 0; y < box[1]; y++)
+                    for (uint32_t x = 0; x < box[0]; x++, to += 2) {
+                        const int64_t g[4] = {at[0] + x, at[1] + y, at[2] + z, at[3] + w};
+                        uint64_t offset = 0;
+                        bool inside = true;
+                        for (int i = 0; i < 4; i++) {
+                            inside &= g[i] >= 0 && g[i] < (int64_t)size[i];
+                            offset += (uint64_t)g[i] * stride[i];
+                        }
+                        uint16_t v = 0;
+                        if (inside)
+                            std::memcpy(&v, (const uint8_t*)t.opaque[0] + offset, 2);
+                        std::memcpy(blk->smem + swz128(to), &v, 2);
+                    }
+        mb(bar).tx -= (long)bytes;
+        mbar_check(bar);
     });
+}
+}  // namespace cpu
+PRIM void tma_load_3d(uint32_t dst, const TensorMap* m, uint32_t bar, int c0, int c1, int c2) {
+    cpu::tma_load(dst, m, bar, 3, {c0, c1, c2});
+}
+PRIM void tma_load_4d(uint32_t dst, const TensorMap* m, uint32_t bar, int c0, int c1, int c2, int c3) {
+    cpu::tma_load(dst, m, bar, 4, {c0, c1, c2, c3});
 }
 PRIM void wgmma_fence() {}
 namespace cpu {
 // 128-byte-swizzled operand tiles, gathered in 16-byte chunks.
 // K-major ((8,m),(8,2)):((64,SBO),(1,8)) ; MN-major ((64,m),(8,2)):((1,LBO),(64,SBO)), in elements of 2 bytes
-inline void gather(uint64_t d, int mn0, int mns, int mn_major, float* out, int smn, int sk) {
+inline void gather(uint64_t d, int mn0, int mns, int mn_major, float (*number)(uint16_t), float* out, int smn, int sk) {
     const uint32_t a = (uint32_t)(d & 0x3FFF) << 4, lbo = (uint32_t)(d >> 16 & 0x3FFF) << 4,
                    sbo = (uint32_t)(d >> 32 & 0x3FFF) << 4;
     SHIM_CHECK(d >> 62 == 1, "only the 128-byte swizzle is emulated");
@@ -514,21 +547,22 @@ inline void gather(uint64_t d, int mn0, int mns, int mn_major, float* out, int s
             for (int c = 0; c < 2; c++) {
                 auto h = chunk(mn % 8 * 128 + mn / 8 * sbo + c * 16);
                 for (int i = 0; i < 8; i++)
-                    out[(mn - mn0) * smn + (c * 8 + i) * sk] = bf(h[i]);
+                    out[(mn - mn0) * smn + (c * 8 + i) * sk] = number(h[i]);
             }
     else
         for (int k = 0; k < 16; k++)
             for (int mn = mn0; mn < mn0 + mns; mn += 8) {
                 auto h = chunk(mn % 64 * 2 + mn / 64 * lbo + k % 8 * 128 + k / 8 * sbo);
                 for (int i = 0; i < 8; i++)
-                    out[(mn - mn0 + i) * smn + k * sk] = bf(h[i]);
+                    out[(mn - mn0 + i) * smn + k * sk] = number(h[i]);
             }
 }
 struct WArg {
     float* d;
     const uint32_t* ra;
     uint64_t a, b;
-    int accum, tb;
+    int accum, tb, n;  // n: columns of d, 64 or 128
+    float (*number)(uint16_t);
 };
 struct WOp {
     int warp;
@@ -538,9 +572,9 @@ struct WOp {
 inline void wgmma_exec(const WOp& w) {
     static thread_local float A[16][16], Bm[16][128], D[16][128];
     const WArg& u = w.t[0];
-    gather(u.b, 0, 128, u.tb, &Bm[0][0], 1, 128);
+    gather(u.b, 0, u.n, u.tb, u.number, &Bm[0][0], 1, 128);
     if (!u.ra)
-        gather(u.a, w.warp * 16, 16, 0, &A[0][0], 16, 1);
+        gather(u.a, w.warp * 16, 16, 0, u.number, &A[0][0], 16, 1);
     for (int l = 0; l < 32; l++) {
         int row = l >> 2, q = (l & 3) * 2;
         const WArg& t = w.t[l];
@@ -548,23 +582,23 @@ inline void wgmma_exec(const WOp& w) {
         if (u.ra)
             for (int r = 0; r < 4; r++)
                 for (int h = 0; h < 2; h++)
-                    A[row + (r & 1) * 8][q + (r >> 1) * 8 + h] = bf((uint16_t)(t.ra[r] >> (16 * h)));
-        for (int i = 0; i < 64; i++)
+                    A[row + (r & 1) * 8][q + (r >> 1) * 8 + h] = u.number((uint16_t)(t.ra[r] >> (16 * h)));
+        for (int i = 0; i < u.n / 2; i++)
             D[row + (i >> 1 & 1) * 8][(i >> 2) * 8 + q + (i & 1)] = u.accum ? t.d[i] : 0.f;
     }
     for (int i = 0; i < 16; i++)
         for (int k = 0; k < 16; k++)
-            for (int j = 0; j < 128; j++)
+            for (int j = 0; j < u.n; j++)
                 D[i][j] += A[i][k] * Bm[k][j];
     for (int l = 0; l < 32; l++) {
         int row = l >> 2, q = (l & 3) * 2;
-        for (int i = 0; i < 64; i++)
+        for (int i = 0; i < u.n / 2; i++)
             w.t[l].d[i] = D[row + (i >> 1 & 1) * 8][(i >> 2) * 8 + q + (i & 1)];
     }
 }
 inline void wgmma_issue(WArg me, const void* op) {
     if (!me.accum)
-        for (int i = 0; i < 64; i++)
+        for (int i = 0; i < me.n / 2; i++)
             me.d[i] = NAN;  // poison until waited for
     meet(my_warp(), 32, cur->id & 31, op, &me, "wgmma", [](void** s) {
         WOp v;
@@ -579,13 +613,13 @@ inline void wgmma_issue(WArg me, const void* op) {
     });
 }
 }  // namespace cpu
-template <int TB>
-PRIM void wgmma_m64n128k16_ss(float (&d)[64], uint64_t a, uint64_t b, int accum) {
-    cpu::wgmma_issue({d, nullptr, a, b, accum, TB}, SHIM_OP);
+template <bool BF16_>
+PRIM void wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, int accum) {
+    cpu::wgmma_issue({d, nullptr, a, b, accum, 0, 128, BF16_ ? cpu::bf : cpu::half}, SHIM_OP);
 }
-template <int TB>
-PRIM void wgmma_m64n128k16_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accum) {
-    cpu::wgmma_issue({d, a, 0, b, accum, TB}, SHIM_OP);
+template <bool BF16_, int N>
+PRIM void wgmma_rs(float (&d)[N], const uint32_t (&a)[4], uint64_t b) {
+    cpu::wgmma_issue({d, a, 0, b, 1, 1, 2 * N, BF16_ ? cpu::bf : cpu::half}, SHIM_OP);
 }
 PRIM void wgmma_commit() {
     cpu::meet(cpu::my_warp(), 32, cpu::cur->id & 31, SHIM_OP, nullptr, "wgmma.commit", [](void**) {

@@ -35,7 +35,7 @@ struct Registered {
 inline bool encode_tensor_map(TensorMap* map, int type, uint32_t rank, void* base, const uint64_t* dim, const uint64_t* stride,
                               const uint32_t* box, const uint32_t* element_stride, int interleave, int swizzle) {
     const bool two_bytes = type == 6 || type == 9;  // FLOAT16, BFLOAT16
-    if (!two_bytes || rank != 3 || interleave != 0 || swizzle != 3 || ((uintptr_t)map & 63) || ((uintptr_t)base & 15))
+    if (!two_bytes || rank < 3 || rank > 4 || interleave != 0 || swizzle != 3 || ((uintptr_t)map & 63) || ((uintptr_t)base & 15))
         return false;
     if (box[0] * 2 > 128)
         return false;
@@ -45,7 +45,7 @@ inline bool encode_tensor_map(TensorMap* map, int type, uint32_t rank, void* bas
     for (uint32_t i = 0; i + 1 < rank; i++)
         if (stride[i] % 16 || stride[i] >= (1ull << 40))
             return false;
-    tmap_encode_3d_bf16_sw128(map, base, dim, stride, box);
+    tmap_encode_sw128(map, (int)rank, base, dim, stride, box);
     return true;
 }
 
