@@ -17,8 +17,8 @@ constexpr int THREADS = 256, MAX_WIDTH = 256;
 
 constexpr PRIM int pitch_of(int width) { return width + 4; }
 // Turns, scales and offsets, tile.
-constexpr PRIM int smem_bytes(int width) { return MAX_PAIRS * 8 + MAX_WIDTH * 8 + (width ? GROUP * pitch_of(width) * 4 : 0); }
-static_assert(smem_bytes(MAX_WIDTH) == 69632 && smem_bytes(0) == 3072, "src/cuda/kernels.rs has the same");
+constexpr PRIM int smem_bytes(int width) { return MAX_PAIRS * 8 + MAX_WIDTH * (int)sizeof(Scale) + (width ? GROUP * pitch_of(width) * 4 : 0); }
+static_assert(smem_bytes(MAX_WIDTH) == 70656 && smem_bytes(0) == 4096, "src/cuda/kernels.rs has the same");
 
 struct alignas(16) Four {
     float x[4];
@@ -68,11 +68,18 @@ PRIM void each_part(const Append& p, const View& rows, const uint64_t* turns, in
         put(t, d, x);
         put(t, d + pairs, y);
     }
-    for (int m = threadIdx.x; m < n * rest; m += THREADS) {
-        const int t = m / rest, d = 2 * pairs + m % rest * N;
-        float x[N];
-        load_elements<DTYPE, N>(row_address(rows, b, h, i0 + t), d, x);
-        put(t, d, x);
+    // Several loads are on their way before the first is used: as many as a tile of 128 bf16 has for a thread.
+    constexpr int AHEAD = 4;
+    for (int m0 = threadIdx.x; m0 < n * rest; m0 += AHEAD * THREADS) {
+        float x[AHEAD][N];
+        UNROLL for (int j = 0; j < AHEAD; j++) {
+            const int m = m0 + j * THREADS, t = m / rest, d = 2 * pairs + m % rest * N;
+            if (m < n * rest) load_elements<DTYPE, N>(row_address(rows, b, h, i0 + t), d, x[j]);
+        }
+        UNROLL for (int j = 0; j < AHEAD; j++) {
+            const int m = m0 + j * THREADS, t = m / rest, d = 2 * pairs + m % rest * N;
+            if (m < n * rest) put(t, d, x[j]);
+        }
     }
 }
 
@@ -81,7 +88,7 @@ template <int FORMAT>
 PRIM void scale_keys(const Tile& tile, const Side& page, int group, int n, int head_dim) {
     uint16_t* const params = (uint16_t*)row_address(page.params, tile.b, tile.h, group);
     for (int c = threadIdx.x; c < tile.width; c += THREADS) {
-        Scale s = {0.f, 0.f};
+        Scale s = scale_of(0.f, 0.f);
         if (c < head_dim) {
             Range range = {tile.at[c], tile.at[c], 0.f};
             for (int t = 0; t < n; t++) widen(range, tile.at[t * tile.pitch + c]);
@@ -143,7 +150,7 @@ PRIM uint32_t four_codes(const Tile& tile, int t, int c, int head_dim) {
     uint32_t word = 0;
     // Channels beyond head_dim stand for the offset: code 0.
     UNROLL for (int e = 0; e < 4; e++)
-        word |= code_of<FORMAT>(x.x[e], {c + e < head_dim ? s.scale : 0.f, s.offset}) << (8 * e);
+        word |= code_of<FORMAT>(x.x[e], {c + e < head_dim ? s.scale : 0.f, s.offset, s.inverse}) << (8 * e);
     return word;
 }
 

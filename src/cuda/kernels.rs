@@ -10,7 +10,7 @@ macro_rules! sources {
 
 /// Sources that NVRTC compiles, one program each.
 pub const SOURCES: &[(&str, &str)] =
-    sources!["attention_any.cu", "attention_sm80.cu", "decode.cu", "kv.cu", "merge.cu", "rope.cu"];
+    sources!["attention_any.cu", "attention_sm80.cu", "attention_sm90.cu", "decode.cu", "kv.cu", "merge.cu", "rope.cu"];
 
 /// What they include, by name, in byte order of the names.
 pub const HEADERS: &[(&str, &str)] = sources![
@@ -93,6 +93,26 @@ pub fn attention_sm80(dtype: DType, head_dim: usize) -> Result<&'static Kernel> 
         sm80("attention_sm80_bf16_d128", 128),
         sm80("attention_sm80_f16_d64", 64),
         sm80("attention_sm80_f16_d128", 128),
+    ];
+    tuned(&KERNELS, dtype, head_dim)
+}
+
+/// Queries of a block of `attention_sm90`.
+pub const SM90_QUERIES: usize = 128;
+const fn sm90(entry: &'static str, head_dim: usize) -> Kernel {
+    kernel(entry, "attention_sm90.cu", 384, (5 * 128 * head_dim * 2 + 2 * 128 * 8 + 256) as u32)
+}
+
+/// The kernel of `csrc/attention_sm90.cu` for a dtype and head_dim.
+///
+/// # Errors
+/// When there is none.
+pub fn attention_sm90(dtype: DType, head_dim: usize) -> Result<&'static Kernel> {
+    static KERNELS: [Kernel; 4] = [
+        sm90("attention_sm90_bf16_d64", 64),
+        sm90("attention_sm90_bf16_d128", 128),
+        sm90("attention_sm90_f16_d64", 64),
+        sm90("attention_sm90_f16_d128", 128),
     ];
     tuned(&KERNELS, dtype, head_dim)
 }

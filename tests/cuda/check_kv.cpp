@@ -231,9 +231,23 @@ static bool check(const Case& c, int seed) {
     return good;
 }
 
+// `quotient` against the division that it stands for.
+static bool check_quotients() {
+    std::mt19937_64 random(3);
+    std::normal_distribution<float> normal(0, 1);
+    int differ = 0;
+    for (int n = 0; n < 4000000; n++) {
+        const float scale = half_to_float(1 + random() % 0x7bff);  // float16, subnormals too
+        const float a = normal(random) * scale * (n % 2 ? 300.f : 3.f);
+        differ += quotient(a, scale_of(scale, 0.f)) != a / scale;
+    }
+    std::printf("%s 4000000 quotients, %d differ from the division\n", differ ? "BAD" : "ok", differ);
+    return differ == 0;
+}
+
 int main(int count, char** words) {
     const bool quick = count > 1 && !std::strcmp(words[1], "quick");
-    bool good = true;
+    bool good = check_quotients();
     int seed = 0;
     for (int dtype : {F32, BF16, F16})
         for (int k_format : {DENSE, INT8, INT4, FP8}) {

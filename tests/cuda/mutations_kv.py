@@ -9,8 +9,8 @@ MUTATIONS = [
     ),
     (
         "encode.cuh",
-        "div_rn(add_rn(x, -s.offset), s.scale)",
-        "mul_rn(add_rn(x, -s.offset), 1.f / s.scale)",
+        "quotient(add_rn(x, -s.offset), s)",
+        "mul_rn(add_rn(x, -s.offset), s.inverse)",
         "codes by a rounded reciprocal",
     ),
     ("encode.cuh", "y = y < HIGHEST ? y : HIGHEST;", "", "codes beyond the highest wrap around"),
