@@ -136,12 +136,12 @@ class Lane:
                 coming.append(self._copy(wanted[i + BUFFERS], buffer))
 
     def _make_buffers(self, size: int) -> None:
-        for buffer in self._buffers:
-            if self._stream is not None:
-                buffer.record_stream(self._stream)
         self._buffers = []  # let go of the old ones first
         with torch.inference_mode(False):
             self._buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(BUFFERS)]
+        for buffer in self._buffers:
+            if self._stream is not None:
+                buffer.record_stream(self._stream)  # whoever drops them, nobody gets them while a copy is under way
         # Whoever had this memory before may still be at work with it.
         self._done = [self._mark_here()] * BUFFERS
 
@@ -222,10 +222,10 @@ class HostPage:
         return {part.name: part.dtype for part in self._record.parts}
 
     def load(self) -> Page:
-        """The page in main memory, views; waits until it is there."""
+        """The page in main memory, a copy: the room may be another page's once nobody has this one. Waits until it is there."""
         if self._record.copied is not None:
             self._record.copied.synchronize()
-        return self.over(self._record.room.memory)
+        return self.over(self._record.room.memory.clone())
 
     def over(self, memory: Tensor) -> Page:
         """The page as views of memory that has all of its bytes, uint8 `[at least nbytes]`."""
