@@ -7,6 +7,7 @@ use super::kv::kv_read;
 use super::launch::{Context, param};
 use super::merge::{Splits, merge_splits};
 use super::params::{Attn, MAX_PAGES, Page, SEGMENT, Side, View};
+use super::tensor_map::{MAPS_PAGES, Maps, unmapped};
 use super::views::{self, Bounds};
 use crate::args::{KvRef, Problem};
 use crate::dtype::DType;
@@ -27,6 +28,8 @@ pub enum Path {
     Any,
     /// `attention_sm80`.
     Sm80,
+    /// `attention_sm90`.
+    Sm90,
     /// `decode`.
     Decode,
 }
@@ -41,23 +44,26 @@ impl Path {
             "auto" => Ok(Self::Auto),
             "any" => Ok(Self::Any),
             "sm80" => Ok(Self::Sm80),
+            "sm90" => Ok(Self::Sm90),
             "decode" => Ok(Self::Decode),
-            _ => Err(Error::value("path", "auto, any, sm80 or decode", name)),
+            _ => Err(Error::value("path", "auto, any, sm80, sm90 or decode", name)),
         }
     }
 
     /// What `auto` stands for; a path that was asked for, if it serves these tensors.
-    fn settle(self, q: &TensorRef, kv: &KvRef) -> Result<Self> {
+    fn settle(self, q: &TensorRef, kv: &KvRef, device: &Device) -> Result<Self> {
         let [_, q_heads, q_len, _] = q.shape();
         let rows = q_heads / kv.shape()[1].max(1) * q_len;
         match self {
             Self::Auto if rows <= decode::ROWS && decode::unserved(q, kv).is_none() => Ok(Self::Decode),
+            Self::Auto if not_hopper(q, kv, device).is_none() => Ok(Self::Sm90),
             Self::Auto if untuned(q, kv).is_none() => Ok(Self::Sm80),
             Self::Auto => Ok(Self::Any),
             asked => {
                 let why = match asked {
                     Self::Decode => decode::unserved(q, kv),
                     Self::Sm80 => untuned(q, kv),
+                    Self::Sm90 => not_hopper(q, kv, device),
                     Self::Any | Self::Auto => None,
                 };
                 let refuse = |why| Err(Error::value("path", format!("any or auto for {why}"), format!("{asked:?}")));
@@ -77,6 +83,19 @@ fn untuned(q: &TensorRef, kv: &KvRef) -> Option<String> {
     let rows = sides.filter(|s| s.format == 0).map(|s| s.rows).chain([View::from(q)]);
     let odd = rows.into_iter().find(|v| !views::aligned(v, 16))?;
     Some(format!("rows that begin off multiples of 16 bytes ({odd:?})"))
+}
+
+/// Why `attention_sm90` does not serve these tensors on this device; None: it does.
+fn not_hopper(q: &TensorRef, kv: &KvRef, device: &Device) -> Option<String> {
+    if device.capability != (9, 0) {
+        let (major, minor) = device.capability;
+        return Some(format!("{} of compute capability {major}.{minor}", device.name));
+    }
+    let [batch, q_heads, q_len, _] = q.shape();
+    let sides = kv.pages().flat_map(|(k, v, _, tokens)| [(Side::from(k), tokens), (Side::from(v), tokens)]);
+    let rows = sides.filter(|(s, _)| s.format == 0).map(|(s, n)| (s.rows, [batch, kv.shape()[1], n]));
+    let odd = rows.chain([(View::from(q), [batch, q_heads, q_len])]).find_map(|(v, n)| unmapped(&v, n));
+    untuned(q, kv).or(odd)
 }
 
 /// A run of tokens of one page that is made dense before its launch.
@@ -138,13 +157,14 @@ impl Plan {
 /// Pages, as many to a launch as it takes. The tuned kernels read dense rows only: compact ones are made dense, a stretch for
 /// each launch.
 fn launches(kv: &KvRef, path: Path) -> Vec<Launch> {
+    let most = if path == Path::Sm90 { MAPS_PAGES } else { MAX_PAGES };
     let mut all = vec![Launch::default()]; // one even if there is nothing to see: out is to become 0
     for (n, page) in views::pages(kv).into_iter().enumerate() {
         let make = path != Path::Any && (page.k.format != 0 || page.v.format != 0);
         let step = if make { MADE } else { page.tokens as usize };
         for from in (0..page.tokens as usize).step_by(step) {
             let tokens = step.min(page.tokens as usize - from);
-            if all.last().is_some_and(|l| l.pages.len() == MAX_PAGES || (make && l.made.is_some())) {
+            if all.last().is_some_and(|l| l.pages.len() == most || (make && l.made.is_some())) {
                 all.push(Launch::default());
             }
             let Some(launch) = all.last_mut() else { continue };
@@ -165,7 +185,7 @@ pub fn workspace_bytes(q: &TensorRef, kv: &KvRef, out_f32: bool, path: Path, dev
     let _ = out_f32; // makes no difference to the kernels that there are
     // Whatever else about the call makes `auto` fall back: there is room for that, too.
     let fallback = Plan::new(q, kv, Path::Any).bytes();
-    let path = path.settle(q, kv)?;
+    let path = path.settle(q, kv, device)?;
     let wanted =
         if path == Path::Decode { decode::Plan::new(q, kv, device).bytes() } else { Plan::new(q, kv, path).bytes() };
     Ok(wanted.max(fallback))
@@ -200,10 +220,13 @@ pub unsafe fn attention(
         return Err(Error::value("lse", "a contiguous tensor", format!("strides of {:?} bytes", lse.byte_strides())));
     }
     let call = views::attn(p, bounds);
-    let mut kernel = path.settle(&p.q, &p.kv)?;
-    if kernel != Path::Any && !(call.scale > 0.0 && views::aligned(&call.out, 4)) {
+    let mut kernel = path.settle(&p.q, &p.kv, cx.device)?;
+    let align = if kernel == Path::Decode { 16 } else { 4 };
+    if kernel != Path::Any && !(call.scale > 0.0 && views::aligned(&call.out, align)) {
         if path != Path::Auto {
-            let want = "auto or any for a softmax_scale that is not positive, or rows of out off multiples of 4 bytes";
+            let want = format!(
+                "auto or any for a softmax_scale that is not positive, or rows of out off multiples of {align} bytes"
+            );
             return Err(Error::value("path", want, format!("{path:?}")));
         }
         kernel = Path::Any;
@@ -246,6 +269,7 @@ pub unsafe fn attention(
         unsafe {
             match kernel {
                 Path::Sm80 => sm80(p, &call, cx)?,
+                Path::Sm90 => sm90(p, &call, cx)?,
                 Path::Any | Path::Auto | Path::Decode => any(p, &call, cx)?,
             }
         }
@@ -323,6 +347,15 @@ unsafe fn sm80(p: &Problem, call: &Attn, cx: &Context) -> Result<()> {
     let kernel = kernels::attention_sm80(p.q.dtype(), p.head_dim)?;
     // SAFETY: the caller's promise.
     unsafe { cx.launch(kernel, grid, &mut [param(call)], &|| shape(p)) }
+}
+
+unsafe fn sm90(p: &Problem, call: &Attn, cx: &Context) -> Result<()> {
+    let tiles = p.q_len.div_ceil(kernels::SM90_QUERIES);
+    let grid = [tiles * p.group, p.kv_heads, p.batch].map(|n| n as u32);
+    let kernel = kernels::attention_sm90(p.q.dtype(), p.head_dim)?;
+    let maps = Maps::new(call, p.q.dtype())?;
+    // SAFETY: the caller's promise.
+    unsafe { cx.launch(kernel, grid, &mut [param(call), param(&maps)], &|| shape(p)) }
 }
 
 /// Rows `[batch, q_heads, q_len, width]` of float32, one after the other.

@@ -14,4 +14,5 @@ pub mod merge;
 pub mod nvrtc;
 pub mod params;
 pub mod rope;
+pub mod tensor_map;
 pub mod views;
