@@ -23,13 +23,13 @@ PRIM void key_pairs(uint32_t unit, uint32_t (&pair)[FOLD<FORMAT> / 2]) {
         pair[0] = prmt(u, 0x64646464u, 0x4140);
         pair[1] = prmt(u, 0x64646464u, 0x4342);
     } else if constexpr (FORMAT == INT4) {
-        UNROLL for (int i = 0; i < 4; i++) pair[i] = (unit >> (4 * i) & 0x000f000fu) | 0x64006400u;
+        UNROLL for (int i = 0; i < 4; i++) pair[i] = and_or(unit >> (4 * i), 0x000f000fu, 0x64006400u);
     } else {
         // e4m3 in the upper byte of a half; exponent and mantissa go down by one bit, and 2^8 makes up for the exponents'
         // biases, of subnormals too.
         UNROLL for (int i = 0; i < 2; i++) {
             const uint32_t high = prmt(unit, 0, i == 0 ? 0x1404 : 0x3424);
-            pair[i] = mul_f16x2((high >> 1 & 0x3f803f80u) | (high & 0x80008000u), 0x5c005c00u);
+            pair[i] = mul_f16x2(and_or(high, 0x80008000u, high >> 1 & 0x3f803f80u), 0x5c005c00u);
         }
     }
 }
@@ -41,9 +41,9 @@ PRIM uint32_t bytes_of_two(uint32_t a, uint32_t b, int i) { return prmt(a, b, 0x
 template <int FORMAT>
 PRIM uint32_t value_pair(uint32_t pair) {
     if constexpr (FORMAT == INT8)  // 7 bits fit beside 128; the sign makes -128 of it, or -256
-        return add_bf16x2((pair & 0x007f007fu) | 0x43004300u, (pair & 0x00800080u) | 0xc300c300u);
+        return add_bf16x2(and_or(pair, 0x007f007fu, 0x43004300u), and_or(pair, 0x00800080u, 0xc300c300u));
     else if constexpr (FORMAT == INT4)  // 128 + 8
-        return add_bf16x2((pair & 0x000f000fu) | 0x43004300u, 0xc308c308u);
+        return add_bf16x2(and_or(pair, 0x000f000fu, 0x43004300u), 0xc308c308u);
     else  // 2^120 for the exponents' biases
-        return mul_bf16x2((pair >> 4 & 0x07f007f0u) | (pair & 0x80008000u), 0x7b807b80u);
+        return mul_bf16x2(and_or(pair, 0x80008000u, pair >> 4 & 0x07f007f0u), 0x7b807b80u);
 }

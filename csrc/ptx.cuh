@@ -94,6 +94,12 @@ PRIM uint32_t pack_f16(float lo, float hi) {
 }
 // Bytes of a (0 to 3) and b (4 to 7), chosen by the nibbles of `selector`.
 PRIM uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+// (x & mask) | bits as one instruction: of two constants the compiler makes two.
+PRIM uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(x), "r"(mask), "r"(bits));
+    return r;
+}
 // Pairs of 16-bit numbers, each rounded on its own.
 PRIM uint32_t add_bf16x2(uint32_t a, uint32_t b) {
     uint32_t r;

@@ -669,6 +669,7 @@ PRIM float mul_rn(float a, float b) { return a * b; }
 PRIM float add_rn(float a, float b) { return a + b; }
 PRIM float div_rn(float a, float b) { return a / b; }
 PRIM float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
+PRIM uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 PRIM uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t both = (uint64_t)b << 32 | a;
     uint32_t r = 0;

@@ -78,7 +78,7 @@ MUTATIONS = [
         "offsets.x[0], offsets.x[1]",
         "offsets of V are counted once for each column",
     ),
-    ("codes.cuh", "(pair & 0x00800080u) | 0xc300c300u", "0xc300c300u", "int8 values: the sign is lost"),
+    ("codes.cuh", "and_or(pair, 0x00800080u, 0xc300c300u)", "0xc300c300u", "int8 values: the sign is lost"),
     ("codes.cuh", "unit ^ 0x80808080u", "unit", "int8 keys: the sign is taken for a bit of the number"),
     ("codes.cuh", "0x7b807b80u", "0x7b007b00u", "fp8: half of the values"),
     ("codes.cuh", "0xe408e408u", "0xe400e400u", "int4 keys: codes without their 8"),
