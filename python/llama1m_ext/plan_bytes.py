@@ -25,9 +25,9 @@ NORM_ROWS = 256
 GPU_NORM_ROWS = 4096
 GPU_MATMUL = 64 << 20
 """What the matrix library keeps for itself on a GPU, and what torch's allocator can't use of what it has."""
-GPU_SEGMENT = 65536
-"""Keys whose outputs the kernels on a GPU sum before they are merged in float32; compact keys are made dense so many at
-a time where a chunk of a prompt sees them (csrc/params.h)."""
+GPU_SEGMENT, GPU_MADE = 65_536, 16_384
+"""Keys whose outputs the kernels on a GPU sum before they are merged in float32 (csrc/params.h), and compact keys that are
+made dense at a time where a chunk of a prompt sees them (src/cuda/attention.rs)."""
 PARTIALS = 3
 """Outputs in float32 that wait for their merge, at most, where pages are streamed in."""
 
@@ -177,11 +177,12 @@ def workspace_bytes(shape: Shape, work: Work, storage: Storage) -> int:
     if not work.gpu:
         return work.threads * (SCRATCH + MATMUL)
     total, chunk = work.past + work.tokens, min(work.chunk, work.tokens)
-    found = GPU_MATMUL
+    found, out = GPU_MATMUL, work.batch * chunk * shape.q_dim * 4
     if total > GPU_SEGMENT:
-        found += work.batch * chunk * shape.q_dim * 4
+        found += out
     if work.past and storage.kv != "model":
-        found += 2 * work.batch * min(work.past, GPU_SEGMENT) * shape.kv_dim * shape.size
+        found += 2 * work.batch * min(work.past, GPU_MADE) * shape.kv_dim * shape.size
+        found += PARTIALS * out if work.past > GPU_MADE else 0
     return found
 
 

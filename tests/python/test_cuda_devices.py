@@ -423,6 +423,9 @@ def test_workspace_on_a_gpu_is_what_long_prompts_and_compact_histories_take():
     later = dataclasses.replace(work, past=1000)
     assert plan_bytes.workspace_bytes(SHAPE, later, plan_bytes.Storage()) == least
     assert plan_bytes.workspace_bytes(SHAPE, later, plan_bytes.Storage("int8")) - least == 2 * 1000 * SHAPE.kv_dim * 2
+    later = dataclasses.replace(work, past=50_000)
+    more = 2 * 16_384 * SHAPE.kv_dim * 2 + 3 * 512 * SHAPE.q_dim * 4
+    assert plan_bytes.workspace_bytes(SHAPE, later, plan_bytes.Storage("int8")) - least == more
 
 
 def test_what_a_gpu_has_no_room_for_goes_to_the_host_and_then_to_the_disk():
