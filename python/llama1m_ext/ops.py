@@ -53,7 +53,8 @@ def attention(
             `formats.Compact`: decode then takes its codes in registers, prefill makes a block at a time dense.
         v: as k; a page's k and v may be in different formats.
         causal: hide keys after the query's own position.
-        softmax_scale: multiplies the scores; default `1 / sqrt(head_dim)`.
+        softmax_scale: multiplies the scores; default `1 / sqrt(head_dim)`. Scores beyond 2^24 have no weights that float32
+            could tell apart: they may give NaN.
         q_start: absolute position of the first query; default `kv_len - q_len`.
         kv_start: first visible key of each batch row, int64 `[batch]`, or one int for all.
         kv_end: one past the last visible key of each batch row, likewise.
