@@ -40,6 +40,25 @@ PRIM Tile tile_of(uint8_t* smem, int h, int head_dim) {
 
 PRIM Four four(const Tile& tile, int t, int c) { return *(const Four*)(tile.at + t * tile.pitch + c); }
 
+template <int N>
+struct Part {
+    float x[N];
+};
+
+// use(m, load(m)) for the block's m < count, several loads on their way before the first is used: as many as a tile of 128 bf16
+// has for a thread.
+template <class Load, class Use>
+PRIM void each_ahead(int count, Load load, Use use) {
+    constexpr int AHEAD = 4;
+    for (int m0 = threadIdx.x; m0 < count; m0 += AHEAD * THREADS) {
+        decltype(load(0)) x[AHEAD];
+        UNROLL for (int j = 0; j < AHEAD; j++)
+            if (m0 + j * THREADS < count) x[j] = load(m0 + j * THREADS);
+        UNROLL for (int j = 0; j < AHEAD; j++)
+            if (m0 + j * THREADS < count) use(m0 + j * THREADS, x[j]);
+    }
+}
+
 // Least and most of some numbers. The sum is NaN where one is none: comparisons pass it over.
 struct Range {
     float least, most, sum;
@@ -68,19 +87,14 @@ PRIM void each_part(const Append& p, const View& rows, const uint64_t* turns, in
         put(t, d, x);
         put(t, d + pairs, y);
     }
-    // Several loads are on their way before the first is used: as many as a tile of 128 bf16 has for a thread.
-    constexpr int AHEAD = 4;
-    for (int m0 = threadIdx.x; m0 < n * rest; m0 += AHEAD * THREADS) {
-        float x[AHEAD][N];
-        UNROLL for (int j = 0; j < AHEAD; j++) {
-            const int m = m0 + j * THREADS, t = m / rest, d = 2 * pairs + m % rest * N;
-            if (m < n * rest) load_elements<DTYPE, N>(row_address(rows, b, h, i0 + t), d, x[j]);
-        }
-        UNROLL for (int j = 0; j < AHEAD; j++) {
-            const int m = m0 + j * THREADS, t = m / rest, d = 2 * pairs + m % rest * N;
-            if (m < n * rest) put(t, d, x[j]);
-        }
-    }
+    each_ahead(
+        n * rest,
+        [&](int m) {
+            Part<N> part;
+            load_elements<DTYPE, N>(row_address(rows, b, h, i0 + m / rest), 2 * pairs + m % rest * N, part.x);
+            return part;
+        },
+        [&](int m, const Part<N>& part) { put(m / rest, 2 * pairs + m % rest * N, part.x); });
 }
 
 // A scale for each channel over the tile's tokens; and none for channels beyond head_dim.
@@ -242,6 +256,21 @@ PRIM void append(const Append& p) {
 
 // -- read ----------------------------------------------------------------------------------------------------------------
 
+// N elements of a dtype that is known at run time: 4 are float32, 8 are not.
+template <int N>
+PRIM void take_elements(int dtype, uint64_t row, int d, float (&x)[N]) {
+    if constexpr (N <= WIDEST<F32>)
+        if (dtype == F32) return load_elements<F32, N>(row, d, x);
+    if constexpr (N != WIDEST<F32>) dtype == BF16 ? load_elements<BF16, N>(row, d, x) : load_elements<F16, N>(row, d, x);
+}
+
+template <int N>
+PRIM void put_elements(int dtype, uint64_t row, int d, const float (&x)[N]) {
+    if constexpr (N <= WIDEST<F32>)
+        if (dtype == F32) return store_elements<F32, N>(row, d, x);
+    if constexpr (N != WIDEST<F32>) dtype == BF16 ? store_elements<BF16, N>(row, d, x) : store_elements<F16, N>(row, d, x);
+}
+
 // What code i of a word stands for. int4: `word` has a code in the low half of each byte.
 template <int FORMAT>
 PRIM float number_of(uint32_t word, int i) {
@@ -259,104 +288,140 @@ struct Span {
     int lo, hi;
 };
 
+// A unit of keys, and the scales and offsets of its channels.
+template <int FOLD>
+struct Unit {
+    uint32_t codes;
+    Words<8> scales[FOLD / 4], offsets[FOLD / 4];
+};
+
+PRIM float half_at(const Words<8>& w, int i) { return half_to_float((uint16_t)(w.x[i / 2] >> (16 * (i % 2)))); }
+
 // A group of keys to the tile, and its rows out of it.
-template <int DTYPE, int N, int FORMAT>
+template <int N, int FORMAT>
 PRIM void read_keys(const Read& p, Tile tile, Span span) {
     constexpr int FOLD = FORMAT == INT4 ? 8 : 4;
     const int group = span.lo / GROUP, first = group * GROUP;
     const uint32_t* const units = (const uint32_t*)row_address(p.side.rows, tile.b, tile.h, group);
-    const uint16_t* const params = (const uint16_t*)row_address(p.side.params, tile.b, tile.h, group);
-    for (int m = threadIdx.x; m < tile.width / FOLD * GROUP; m += THREADS) {
-        const int t = m % GROUP, c0 = m / GROUP * FOLD;
-        if (first + t < span.lo || first + t >= span.hi) continue;
-        const uint32_t unit = units[m];
-        UNROLL for (int part = 0; part < FOLD; part += 4) {
-            Four x;
-            UNROLL for (int e = 0; e < 4; e++) {
-                const int i = part + e;
-                const float code = FORMAT == INT4 ? number_of<INT4>(unit >> (4 * (i / 2) + 16 * (i % 2)), 0)
-                                                  : number_of<FORMAT>(unit, i);
-                x.x[e] = fma_rn(code, half_to_float(params[c0 + i]), half_to_float(params[tile.width + c0 + i]));
+    const Words<8>* const params = (const Words<8>*)row_address(p.side.params, tile.b, tile.h, group);
+    each_ahead(
+        tile.width / FOLD * GROUP,
+        [&](int m) {
+            Unit<FOLD> unit;
+            unit.codes = units[m];
+            UNROLL for (int i = 0; i < FOLD / 4; i++) {
+                const int four = m / GROUP * (FOLD / 4) + i;
+                unit.scales[i] = params[four];
+                unit.offsets[i] = params[tile.width / 4 + four];
             }
-            *(Four*)(tile.at + t * tile.pitch + c0 + part) = x;
-        }
-    }
+            return unit;
+        },
+        [&](int m, const Unit<FOLD>& unit) {
+            const int t = m % GROUP, c0 = m / GROUP * FOLD;
+            UNROLL for (int part = 0; part < FOLD / 4; part++) {
+                Four x;
+                UNROLL for (int e = 0; e < 4; e++) {
+                    const int i = part * 4 + e;
+                    const float code = FORMAT == INT4 ? number_of<INT4>(unit.codes >> (4 * (i / 2) + 16 * (i % 2)), 0)
+                                                      : number_of<FORMAT>(unit.codes, i);
+                    x.x[e] = fma_rn(code, half_at(unit.scales[part], e), half_at(unit.offsets[part], e));
+                }
+                *(Four*)(tile.at + t * tile.pitch + c0 + part * 4) = x;
+            }
+        });
     block_sync();
     const int steps = p.head_dim / N;
     for (int m = threadIdx.x; m < (span.hi - span.lo) * steps; m += THREADS) {
         const int i = m / steps, d = m % steps * N, t = span.lo + i - first;
         float x[N];
         UNROLL for (int e = 0; e < N; e++) x[e] = tile.at[t * tile.pitch + d + e];
-        store_elements<DTYPE, N>(row_address(p.out, tile.b, tile.h, span.lo + i - p.start), d, x);
+        put_elements<N>(p.dtype, row_address(p.out, tile.b, tile.h, span.lo + i - p.start), d, x);
     }
 }
 
-template <int DTYPE, int N, int FORMAT>
+// N codes of a value, in the low halves of their bytes where they are int4, and their scale.
+template <int N>
+struct Codes {
+    Words<N < 4 ? 4 : N> codes;
+    uint16_t scale, offset;
+};
+
+template <int N, int FORMAT>
 PRIM void read_values(const Read& p, Tile tile, Span span) {
     const int blocks = tile.width / GROUP, steps = p.head_dim / N;
-    for (int m = threadIdx.x; m < (span.hi - span.lo) * steps; m += THREADS) {
-        const int token = span.lo + m / steps, d = m % steps * N, block = d / GROUP, c = d % GROUP;
-        const uint64_t row = row_address(p.side.rows, tile.b, tile.h, token);
-        const float scale = half_to_float(((const uint16_t*)row_address(p.side.params, tile.b, tile.h, block))[token]);
-        const float offset = half_to_float(((const uint16_t*)row_address(p.side.params, tile.b, tile.h, blocks + block))[token]);
-        const uint64_t codes = FORMAT == INT4 ? row + block * (GROUP / 2) + c % (GROUP / 2) : row + d;
-        const int shift = FORMAT == INT4 && c >= GROUP / 2 ? 4 : 0;
-        float x[N];
-        if constexpr (N == 1) {
-            x[0] = fma_rn(number_of<FORMAT>((uint32_t)*(const uint8_t*)codes >> shift, 0), scale, offset);
-        } else {
-            const Words<N> words = *(const Words<N>*)codes;
+    each_ahead(
+        (span.hi - span.lo) * steps,
+        [&](int m) {
+            const int token = span.lo + m / steps, d = m % steps * N, block = d / GROUP, c = d % GROUP;
+            const uint64_t row = row_address(p.side.rows, tile.b, tile.h, token);
+            const uint64_t at = FORMAT == INT4 ? row + block * (GROUP / 2) + c % (GROUP / 2) : row + d;
+            Codes<N> found;
+            if constexpr (N == 1)
+                found.codes.x[0] = *(const uint8_t*)at;
+            else
+                found.codes = *(const Words<N>*)at;
+            found.scale = ((const uint16_t*)row_address(p.side.params, tile.b, tile.h, block))[token];
+            found.offset = ((const uint16_t*)row_address(p.side.params, tile.b, tile.h, blocks + block))[token];
+            return found;
+        },
+        [&](int m, const Codes<N>& found) {
+            const int token = span.lo + m / steps, d = m % steps * N;
+            const int shift = FORMAT == INT4 && d % GROUP >= GROUP / 2 ? 4 : 0;
+            const float scale = half_to_float(found.scale), offset = half_to_float(found.offset);
+            float x[N];
             UNROLL for (int e = 0; e < N; e++)
-                x[e] = fma_rn(number_of<FORMAT>(words.x[e / 4] >> shift, e % 4), scale, offset);
-        }
-        store_elements<DTYPE, N>(row_address(p.out, tile.b, tile.h, token - p.start), d, x);
-    }
+                x[e] = fma_rn(number_of<FORMAT>(found.codes.x[e / 4] >> shift, e % 4), scale, offset);
+            put_elements<N>(p.dtype, row_address(p.out, tile.b, tile.h, token - p.start), d, x);
+        });
 }
 
-template <int DTYPE, int N>
+template <int N>
 PRIM void read_dense(const Read& p, Tile tile, Span span) {
     const int steps = p.head_dim / N;
-    for (int m = threadIdx.x; m < (span.hi - span.lo) * steps; m += THREADS) {
-        const int token = span.lo + m / steps, d = m % steps * N;
-        float x[N];
-        load_elements<DTYPE, N>(row_address(p.side.rows, tile.b, tile.h, token), d, x);
-        store_elements<DTYPE, N>(row_address(p.out, tile.b, tile.h, token - p.start), d, x);
-    }
+    each_ahead(
+        (span.hi - span.lo) * steps,
+        [&](int m) {
+            Part<N> part;
+            take_elements<N>(p.dtype, row_address(p.side.rows, tile.b, tile.h, span.lo + m / steps), m % steps * N, part.x);
+            return part;
+        },
+        [&](int m, const Part<N>& part) {
+            const int token = span.lo + m / steps;
+            put_elements<N>(p.dtype, row_address(p.out, tile.b, tile.h, token - p.start), m % steps * N, part.x);
+        });
 }
 
-template <int DTYPE, int N, int FORMAT>
+template <int N, int FORMAT>
 PRIM void read_compact(const Read& p, Tile tile, Span span) {
     if (p.is_key)
-        read_keys<DTYPE, N, FORMAT>(p, tile, span);
+        read_keys<N, FORMAT>(p, tile, span);
     else
-        read_values<DTYPE, N, FORMAT>(p, tile, span);
+        read_values<N, FORMAT>(p, tile, span);
 }
 
-template <int DTYPE, int N>
+template <int N>
 PRIM void read(const Read& p) {
     DYN_SMEM(smem);
     const Tile tile = tile_of(smem, blockIdx.y, p.head_dim);
     const int first = (p.start / GROUP + (int)blockIdx.x) * GROUP, end = p.start + p.len;
     const Span span = {first > p.start ? first : p.start, first + GROUP < end ? first + GROUP : end};
     if (p.side.format == DENSE)
-        read_dense<DTYPE, N>(p, tile, span);
+        read_dense<N>(p, tile, span);
     else if (p.side.format == INT8)
-        read_compact<DTYPE, N, INT8>(p, tile, span);
+        read_compact<N, INT8>(p, tile, span);
     else if (p.side.format == INT4)
-        read_compact<DTYPE, N, INT4>(p, tile, span);
+        read_compact<N, INT4>(p, tile, span);
     else
-        read_compact<DTYPE, N, FP8>(p, tile, span);
-}
-
-template <int DTYPE>
-PRIM void read_any(const Read& p) {
-    if (p.wide)
-        read<DTYPE, WIDEST<DTYPE>>(p);
-    else
-        read<DTYPE, 1>(p);
+        read_compact<N, FP8>(p, tile, span);
 }
 
 KERNEL(THREADS, 3) kv_append(PARAM Append p) { append(p); }
-KERNEL(THREADS, 3) kv_read_f32(PARAM Read p) { read_any<F32>(p); }
-KERNEL(THREADS, 3) kv_read_bf16(PARAM Read p) { read_any<BF16>(p); }
-KERNEL(THREADS, 3) kv_read_f16(PARAM Read p) { read_any<F16>(p); }
+
+KERNEL(THREADS, 3) kv_read(PARAM Read p) {
+    if (!p.wide)
+        read<1>(p);
+    else if (p.dtype == F32)
+        read<WIDEST<F32>>(p);
+    else
+        read<WIDEST<BF16>>(p);
+}

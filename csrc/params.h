@@ -94,9 +94,11 @@ struct Append {                   // kv_append
     Rotation rotation;            // of k
 };
 
-struct Read {                     // kv_read_*
+struct Read {                     // kv_read
     View out;                     // [batch, heads, len, head_dim]: token i is token start + i of the page
     Side side;
     int32_t heads, len, head_dim, start;
     int32_t is_key, wide;
+    int32_t dtype;                // of out, and of a dense side
+    int32_t reserved;
 };

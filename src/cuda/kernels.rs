@@ -97,10 +97,18 @@ pub fn attention_sm80(dtype: DType, head_dim: usize) -> Result<&'static Kernel> 
     tuned(&KERNELS, dtype, head_dim)
 }
 
+/// Warpgroups of a block of `attention_sm90` that compute, and stages of K and V.
+const fn sm90_shape(head_dim: usize) -> (usize, usize) {
+    if head_dim == 64 { (3, 4) } else { (2, 2) }
+}
 /// Queries of a block of `attention_sm90`.
-pub const SM90_QUERIES: usize = 128;
+pub const fn sm90_queries(head_dim: usize) -> usize {
+    64 * sm90_shape(head_dim).0
+}
 const fn sm90(entry: &'static str, head_dim: usize) -> Kernel {
-    kernel(entry, "attention_sm90.cu", 384, (5 * 128 * head_dim * 2 + 2 * 128 * 8 + 256) as u32)
+    let (groups, stages) = sm90_shape(head_dim);
+    let tiles = (sm90_queries(head_dim) + 2 * stages * 128) * head_dim * 2;
+    kernel(entry, "attention_sm90.cu", 128 * (1 + groups as u32), (tiles + groups * 128 * 8 + 256) as u32)
 }
 
 /// The kernel of `csrc/attention_sm90.cu` for a dtype and head_dim.
@@ -164,7 +172,7 @@ pub static ROPE: ByDtype = by_dtype!("rope", "rope.cu", 256, 5120);
 /// See `csrc/kv.cu`; shared memory: what the widest rows take.
 pub static KV_APPEND: Kernel = kernel("kv_append", "kv.cu", 256, kv_smem(256));
 /// As [`KV_APPEND`].
-pub static KV_READ: ByDtype = by_dtype!("kv_read", "kv.cu", 256, kv_smem(256));
+pub static KV_READ: Kernel = kernel("kv_read", "kv.cu", 256, kv_smem(256));
 
 /// Bytes of shared memory that `kv.cu` takes for compact rows of so many elements; 0: no compact rows.
 pub const fn kv_smem(head_dim: usize) -> u32 {

@@ -59,8 +59,8 @@ pub unsafe fn kv_append(
     let dense = |s: &params::Side| s.format != 0 || aligned(&s.rows, 16);
     let wide = aligned(&call.k, 16) && aligned(&call.v, 16) && dense(&call.page_k) && dense(&call.page_v);
     call.wide = i32::from(whole && wide);
-    check_codes("k page", &call.page_k)?;
-    check_codes("v page", &call.page_v)?;
+    check_codes("k page", &call.page_k, true)?;
+    check_codes("v page", &call.page_v, false)?;
     let compact = call.page_k.format != 0 || call.page_v.format != 0;
     let grid = [len.div_ceil(GROUP) as u32, 2 * heads as u32, batch as u32];
     let shape = || format!("[{batch}, {heads}, {len}, {head_dim}] to token {at}");
@@ -88,26 +88,28 @@ pub unsafe fn kv_read(name: &str, page: Side, start: usize, out: TensorMut, cx: 
         head_dim: head_dim as i32,
         start: start as i32,
         is_key: i32::from(is_key),
+        dtype: params::dtype(out.dtype()),
         ..Read::default()
     };
     let whole = (head_dim * out.dtype().size()).is_multiple_of(16);
     call.wide = i32::from(whole && aligned(&call.out, 16) && (call.side.format != 0 || aligned(&call.side.rows, 16)));
-    check_codes(name, &call.side)?;
+    check_codes(name, &call.side, is_key)?;
     // Tiles lie as the page's groups do: the first may begin before `start`.
     let tiles = (start + len).div_ceil(GROUP) - start / GROUP;
     let grid = [if len == 0 { 0 } else { tiles as u32 }, heads as u32, batch as u32];
     let shape = || format!("[{batch}, {heads}, {len}, {head_dim}] from token {start}");
     let smem = if is_key { kv_smem(head_dim) } else { 0 };
     // SAFETY: the caller's promise; the parameter is what the kernels' signature says.
-    unsafe { cx.launch_with(KV_READ.of(out.dtype()), smem, grid, &mut [param(&call)], &shape) }
+    unsafe { cx.launch_with(&KV_READ, smem, grid, &mut [param(&call)], &shape) }
 }
 
-/// Codes are read and written 16 bytes at a time, their params 2.
-fn check_codes(name: &str, side: &params::Side) -> Result<()> {
-    if side.format != 0 && !(aligned(&side.rows, 16) && aligned(&side.params, 2)) {
+/// Codes are read and written up to 16 bytes at a time, params of keys 8, of values 2.
+fn check_codes(name: &str, side: &params::Side, is_key: bool) -> Result<()> {
+    let params = if is_key { 8 } else { 2 };
+    if side.format != 0 && !(aligned(&side.rows, 16) && aligned(&side.params, params)) {
         return Err(Error::value(
             name,
-            "codes whose rows begin at multiples of 16 bytes on a GPU",
+            "codes whose rows begin at multiples of 16 bytes on a GPU (params: of 8 or 2)",
             format!("{:?}", side.rows),
         ));
     }

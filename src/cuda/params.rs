@@ -224,7 +224,7 @@ pub struct Append {
     pub rotation: Rotation,
 }
 
-/// A call of `kv_read_*`.
+/// A call of `kv_read`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Read {
@@ -244,6 +244,10 @@ pub struct Read {
     pub is_key: i32,
     /// Whether rows begin at multiples of 16 bytes.
     pub wide: i32,
+    /// Of `out`, and of a dense side; see [`dtype`].
+    pub dtype: i32,
+    /// Padding.
+    pub reserved: i32,
 }
 
 /// The number of a dtype in `params.h`.

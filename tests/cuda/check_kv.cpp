@@ -206,12 +206,11 @@ static bool check(const Case& c, int seed) {
         const int start = c.at + c.len / 3, n = c.len - c.len / 3;
         Rows out(c.dtype, c.batch, c.heads, n, c.head_dim, c.layout);
         Read r = {};
-        r.out = out.view(), r.side = page.side(), r.heads = c.heads, r.len = n, r.head_dim = c.head_dim, r.start = start;
+        r.out = out.view(), r.side = page.side(), r.heads = c.heads, r.len = n, r.head_dim = c.head_dim, r.start = start, r.dtype = c.dtype;
         r.is_key = is_key && page.format != DENSE;
         r.wide = c.head_dim * size % 16 == 0 && is_aligned(r.out) && (page.format != DENSE || is_aligned(r.side.rows));
-        auto read = c.dtype == F32 ? kv_read_f32 : c.dtype == BF16 ? kv_read_bf16 : kv_read_f16;
         const unsigned tiles = (start + n + 63) / 64 - start / 64;
-        launch({tiles, (unsigned)c.heads, (unsigned)c.batch}, smem_bytes(r.is_key ? width_of(c.head_dim) : 0), seed, [&] { read(r); });
+        launch({tiles, (unsigned)c.heads, (unsigned)c.batch}, smem_bytes(r.is_key ? width_of(c.head_dim) : 0), seed, [&] { kv_read(r); });
         Rows want(c.dtype, c.batch, c.heads, n, c.head_dim);
         want.each([&](int b, int h, int i, int d) {
             want.set(b, h, i, d,

@@ -15,7 +15,12 @@ MUTATIONS = [
     ),
     ("encode.cuh", "y = y < HIGHEST ? y : HIGHEST;", "", "codes beyond the highest wrap around"),
     ("encode.cuh", "0x7ffff + (bits >> 20 & 1)", "0x80000", "e4m3: ties away from zero"),
-    ("encode.cuh", "finite ? Scale{scale, offset}", "true ? Scale{scale, offset}", "infinity passes as an offset"),
+    (
+        "encode.cuh",
+        "finite ? scale_of(scale, offset)",
+        "true ? scale_of(scale, offset)",
+        "infinity passes as an offset",
+    ),
     ("kv.cu", "r.sum = add_rn(r.sum, mul_rn(x, 0.f));", "", "a NaN among numbers is passed over"),
     (
         "kv.cu",
@@ -59,13 +64,13 @@ MUTATIONS = [
     ),
     (
         "kv.cu",
-        "        }\n    }\n    block_sync();\n    const int steps",
-        "        }\n    }\n    const int steps",
+        "        });\n    block_sync();\n    const int steps",
+        "        });\n    const int steps",
         "rows out of the tile before the keys are there",
     ),
     (
         "kv.cu",
-        "const int shift = FORMAT == INT4 && c >= GROUP / 2 ? 4 : 0;",
+        "const int shift = FORMAT == INT4 && d % GROUP >= GROUP / 2 ? 4 : 0;",
         "const int shift = 0;",
         "int4 values: the high halves are never read",
     ),
