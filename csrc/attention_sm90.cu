@@ -15,7 +15,15 @@
 #include "segment.cuh"
 #include "walk.cuh"
 
-constexpr int THREADS = 384, CONSUMERS = 2, BLOCK_Q = 128, BLOCK_KV = 128, STAGES = 2;
+constexpr int BLOCK_KV = 128;
+template <int D>
+constexpr int CONSUMERS = D == 64 ? 3 : 2;  // warpgroups that compute
+template <int D>
+constexpr int THREADS = 128 * (1 + CONSUMERS<D>);
+template <int D>
+constexpr int BLOCK_Q = 64 * CONSUMERS<D>;
+template <int D>
+constexpr int STAGES = D == 64 ? 4 : 2;  // tiles of K, and of V, in shared memory
 constexpr int FAR = 1 << 30;  // beyond any key
 constexpr float LN2 = 0.6931471805599453f;
 constexpr int MAPS_PAGES = 6;  // of a launch: parameters are to stay under 4 KB
@@ -26,65 +34,84 @@ struct Maps {
 };
 
 template <int D>
-constexpr int TILE = 128 * D * 2;  // bytes, of Q as of K and V: 128 rows
+constexpr int Q_TILE = BLOCK_Q<D> * D * 2;  // bytes
 template <int D>
-constexpr int SMEM_BYTES = (1 + 2 * STAGES) * TILE<D> + CONSUMERS * 128 * 8 + 256;
+constexpr int TILE = BLOCK_KV * D * 2;
+template <int D>
+constexpr int SMEM_BYTES = Q_TILE<D> + 2 * STAGES<D> * TILE<D> + CONSUMERS<D> * 128 * 8 + 256;
 
 // Shared memory, as offsets in the address space of TMA and wgmma.
 template <int D>
 struct Places {
-    uint32_t q, k, v;      // tiles; k and v: STAGES of them
-    uint32_t q_full;       // barriers, 8 bytes each
+    uint32_t q, k, v;                           // tiles; k and v: STAGES of them
+    uint32_t totals;                            // maxima of what is in p.total: two for each thread that computes
+    uint32_t q_full;                            // barriers, 8 bytes each
     uint32_t k_full, v_full, k_empty, v_empty;  // STAGES each
 
     MEMBER explicit Places(uint32_t base)
-        : q(base), k(q + TILE<D>), v(k + STAGES * TILE<D>), q_full(v + STAGES * TILE<D> + CONSUMERS * 128 * 8),
-          k_full(q_full + 8), v_full(k_full + 8 * STAGES), k_empty(v_full + 8 * STAGES), v_empty(k_empty + 8 * STAGES) {}
+        : q(base), k(q + Q_TILE<D>), v(k + STAGES<D> * TILE<D>), totals(v + STAGES<D> * TILE<D>),
+          q_full(totals + CONSUMERS<D> * 128 * 8), k_full(q_full + 8), v_full(k_full + 8 * STAGES<D>),
+          k_empty(v_full + 8 * STAGES<D>), v_empty(k_empty + 8 * STAGES<D>) {}
 };
 
 // Which stage of a ring is next, and the parity of its barriers.
+template <int D>
 struct Ring {
     int stage = 0, parity = 0;
 
     MEMBER void advance() {
-        if (++stage == STAGES) {
+        if (++stage == STAGES<D>) {
             stage = 0;
             parity ^= 1;
         }
     }
 };
 
-// A tile of 128 rows from `row` on, one box for each 64 channels.
-template <int D>
+// A tile of ROWS rows from `row` on, one box for each 64 channels.
+template <int D, int ROWS>
 PRIM void load_tile(uint32_t tile, const TensorMap* map, uint32_t barrier, int row, int head, int b) {
-    UNROLL for (int c = 0; c < D / 64; c++) tma_load_4d(tile + c * 128 * 128, map, barrier, c * 64, row, head, b);
+    mbar_expect_tx(barrier, ROWS * D * 2);
+    UNROLL for (int c = 0; c < D / 64; c++) tma_load_4d(tile + c * ROWS * 128, map, barrier, c * 64, row, head, b);
 }
 
 template <int D>
 PRIM void produce(const Attn& p, const Maps& maps, const Places<D>& at, int head, int q0, Interval row, int end) {
     const int kv_head = blockIdx.y, b = blockIdx.z;
-    mbar_expect_tx(at.q_full, TILE<D>);
-    load_tile<D>(at.q, &maps.q, at.q_full, q0, head, b);
-    Ring ring;
+    load_tile<D, BLOCK_Q<D>>(at.q, &maps.q, at.q_full, q0, head, b);
+    Ring<D> ring;
     bool first_round = true;
     Walk<BLOCK_KV> walk;
     for (walk.begin(p, row.lo, end); walk.n; walk.next(p, row.lo, end)) {
         const int from = walk.key - p.page[walk.page].first;
-        if (!first_round) mbar_wait(at.k_empty + 8 * ring.stage, ring.parity ^ 1);
-        mbar_expect_tx(at.k_full + 8 * ring.stage, TILE<D>);
-        load_tile<D>(at.k + ring.stage * TILE<D>, &maps.k[walk.page], at.k_full + 8 * ring.stage, from, kv_head, b);
-        if (!first_round) mbar_wait(at.v_empty + 8 * ring.stage, ring.parity ^ 1);
-        mbar_expect_tx(at.v_full + 8 * ring.stage, TILE<D>);
-        load_tile<D>(at.v + ring.stage * TILE<D>, &maps.v[walk.page], at.v_full + 8 * ring.stage, from, kv_head, b);
+        const uint32_t barrier = 8 * ring.stage, tile = ring.stage * TILE<D>;
+        if (!first_round) mbar_wait(at.k_empty + barrier, ring.parity ^ 1);
+        load_tile<D, BLOCK_KV>(at.k + tile, &maps.k[walk.page], at.k_full + barrier, from, kv_head, b);
+        if (!first_round) mbar_wait(at.v_empty + barrier, ring.parity ^ 1);
+        load_tile<D, BLOCK_KV>(at.v + tile, &maps.v[walk.page], at.v_full + barrier, from, kv_head, b);
         ring.advance();
         if (ring.stage == 0) first_round = false;
     }
 }
 
-// A warpgroup is done with a stage: all four warps have waited for their products.
-PRIM void mbar_release(uint32_t barrier, int group, int thread) {
-    named_bar_sync(1 + group, 128);
-    if (thread == 0) mbar_arrive(barrier);
+// A warp is done with a stage: it has waited for its products.
+PRIM void release(uint32_t barrier, int lane) {
+    if (lane == 0) mbar_arrive(barrier);
+}
+
+// Warpgroups take turns at giving work to the tensor cores, so that one's softmax falls into the time of another's products and
+// not all of them wait for the same unit: each hands on the turn as soon as its own products are on their way.
+template <int D>
+PRIM void take_turn(int group) {
+    named_bar_sync(1 + group, 256);
+}
+template <int D>
+PRIM void give_turn(int group) {
+    named_bar_arrive(group + 1 == CONSUMERS<D> ? 1 : 2 + group, 256);
+}
+// The threads of a warpgroup meet.
+template <int D>
+PRIM void group_sync(int group) {
+    named_bar_sync(1 + CONSUMERS<D> + group, 128);
 }
 
 // Gives S = Q K^T to the tensor cores.
@@ -92,8 +119,8 @@ template <bool BF16_, int D>
 PRIM void start_scores(float (&s)[64], uint32_t q, uint32_t k) {
     wgmma_fence();
     UNROLL for (int d = 0; d < D / 16; d++) {
-        const uint32_t at = d / 4 * 128 * 128 + d % 4 * 32;
-        wgmma_ss<BF16_>(s, wgmma_desc_sw128(q + at, 16, 1024), wgmma_desc_sw128(k + at, 16, 1024), d != 0);
+        const uint32_t q_at = q + d / 4 * BLOCK_Q<D> * 128 + d % 4 * 32, k_at = k + d / 4 * BLOCK_KV * 128 + d % 4 * 32;
+        wgmma_ss<BF16_>(s, wgmma_desc_sw128(q_at, 16, 1024), wgmma_desc_sw128(k_at, 16, 1024), d != 0);
     }
     wgmma_commit();
 }
@@ -103,7 +130,7 @@ template <bool BF16_, int D>
 PRIM void start_outputs(float (&o)[D / 2], const uint32_t (&w)[BLOCK_KV / 16][4], uint32_t v) {
     wgmma_fence();
     UNROLL for (int k = 0; k < BLOCK_KV / 16; k++)
-        wgmma_rs<BF16_>(o, w[k], wgmma_desc_sw128(v + k * 16 * 128, 128 * 128, 1024));
+        wgmma_rs<BF16_>(o, w[k], wgmma_desc_sw128(v + k * 16 * 128, BLOCK_KV * 128, 1024));
     wgmma_commit();
 }
 
@@ -146,21 +173,22 @@ PRIM void weights(float (&s)[64], Rows& rows, float (&keep)[2], float scale) {
         keep[r] = decay(rows.m[r], most, scale);
         rows.m[r] = most;
         const float base = most == -INF ? 0.f : most * scale;
-        float sum = 0.f;
+        float sum[2] = {0.f, 0.f};
         UNROLL for (int i = 0; i < 64; i += 4) UNROLL for (int c = 0; c < 2; c++) {
             s[i + 2 * r + c] = ex2(fma_rn(s[i + 2 * r + c], scale, -base));
-            sum += s[i + 2 * r + c];
+            sum[c] += s[i + 2 * r + c];
         }
-        rows.l[r] = rows.l[r] * keep[r] + sum;  // of this thread's columns
+        rows.l[r] = rows.l[r] * keep[r] + (sum[0] + sum[1]);  // of this thread's columns
     }
 }
 
-// Values that kv_end hides may be NaN, and 0 * NaN is NaN: rows from n on become zeros. Both warpgroups write the same.
+// Values that kv_end hides may be NaN, and 0 * NaN is NaN: rows from n on become zeros. All warpgroups write the same. Only the last
+// block of all needs it: beyond the end of any other there is no more of the page, and the copy engine has put zeros.
 template <int D>
 PRIM void clear_values(uint8_t* tile, int n, int thread) {
     for (int i = n * 8 + thread; i < BLOCK_KV * 8; i += 128)  // 16 bytes at a time; a swizzle stays within its row
         UNROLL for (int c = 0; c < D / 64; c++) {
-            uint32_t* const at = (uint32_t*)(tile + c * 128 * 128 + i * 16);
+            uint32_t* const at = (uint32_t*)(tile + c * BLOCK_KV * 128 + i * 16);
             at[0] = at[1] = at[2] = at[3] = 0;
         }
     fence_async_proxy();
@@ -173,7 +201,7 @@ PRIM void consume(const Attn& p, const Places<D>& at, uint8_t* smem, int head, i
     const int reach = (p.causal ? clamp_(p.q_start + 1, -FAR, FAR) : FAR) + q_thread;
     const int whole = reach - thread / 32 * 16 - lane / 4;  // every row of this warpgroup sees the keys before that
     const uint32_t q = at.q + group * 64 * 128;
-    float* const m_total = (float*)(smem + (at.q_full - CONSUMERS * 128 * 8 - at.q)) + (threadIdx.x - 128) * 2;
+    float* const m_total = (float*)(smem + (at.totals - at.q)) + (threadIdx.x - 128) * 2;
     const int64_t first_row = ((int64_t)blockIdx.z * p.q_heads + head) * p.q_len;
     const int warp_row = q_thread - lane / 4;
 
@@ -187,35 +215,47 @@ PRIM void consume(const Attn& p, const Places<D>& at, uint8_t* smem, int head, i
     walk.begin(p, row.lo, end);
     mbar_wait(at.q_full, 0);
     if (walk.n) {
-        Ring k_ring, v_ring;
+        Ring<D> k_ring, v_ring;
         float s[64], keep[2];
         uint32_t w[BLOCK_KV / 16][4];
+        int key = walk.key, n = walk.n;  // the block whose scores are in s
+        if (group == CONSUMERS<D> - 1) give_turn<D>(group);
         mbar_wait(at.k_full, 0);
         start_scores<BF16_, D>(s, q, at.k);
         wgmma_wait<0>();
-        mbar_release(at.k_empty, group, thread);
+        pin(s);
+        release(at.k_empty, lane);
         k_ring.advance();
-        if (walk.n < BLOCK_KV || walk.key + BLOCK_KV > whole) mask(s, reach, walk.key, walk.n, lane);
+        if (n < BLOCK_KV || key + BLOCK_KV > whole) mask(s, reach, key, n, lane);
         weights(s, rows, keep, p.scale);
         round_weights<BF16_>(w, s);
         held = BLOCK_KV;
-        int n = walk.n;  // keys of the block whose weights are in w
-        for (walk.next(p, row.lo, end); walk.n; walk.next(p, row.lo, end)) {
-            mbar_wait(at.k_full + 8 * k_ring.stage, k_ring.parity);
+        walk.next(p, row.lo, end);
+        if (walk.n) mbar_wait(at.k_full + 8 * k_ring.stage, k_ring.parity);
+        while (walk.n) {
+            key = walk.key;
+            n = walk.n;
+            take_turn<D>(group);
             start_scores<BF16_, D>(s, q, at.k + k_ring.stage * TILE<D>);
             mbar_wait(at.v_full + 8 * v_ring.stage, v_ring.parity);
-            if (n < BLOCK_KV) {
-                clear_values<D>(smem + (at.v - at.q) + v_ring.stage * TILE<D>, n, thread);
-                named_bar_sync(1 + group, 128);
-            }
             start_outputs<BF16_, D>(o, w, at.v + v_ring.stage * TILE<D>);
+            walk.next(p, row.lo, end);
+            if (walk.n || group + 1 < CONSUMERS<D>) give_turn<D>(group);
             wgmma_wait<1>();
-            mbar_release(at.k_empty + 8 * k_ring.stage, group, thread);
-            if (walk.n < BLOCK_KV || walk.key + BLOCK_KV > whole) mask(s, reach, walk.key, walk.n, lane);
+            pin(s);
+            release(at.k_empty + 8 * k_ring.stage, lane);
+            k_ring.advance();
+            if (n < BLOCK_KV || key + BLOCK_KV > whole) mask(s, reach, key, n, lane);
             weights(s, rows, keep, p.scale);
+            pin(s);
+            // This wait also has a loop in it, which keeps the next one from being moved up before the softmax.
+            if (walk.n) mbar_wait(at.k_full + 8 * k_ring.stage, k_ring.parity);
             wgmma_wait<0>();
-            mbar_release(at.v_empty + 8 * v_ring.stage, group, thread);
-            UNROLL for (int i = 0; i < D / 2; i++) o[i] *= keep[i >> 1 & 1];
+            pin(o);
+            release(at.v_empty + 8 * v_ring.stage, lane);
+            v_ring.advance();
+            if (vote_any(keep[0] != 1.f || keep[1] != 1.f))  // later on maxima hardly ever move
+                UNROLL for (int i = 0; i < D / 2; i++) o[i] *= keep[i >> 1 & 1];
             if (p.total && held + BLOCK_KV > SEGMENT) {
                 const float rest[2] = {decay(m_total[0], rows.m[0], p.scale), decay(m_total[1], rows.m[1], p.scale)};
                 fold(o, total_rows(p.total, first_row, warp_row, p.q_len, D, lane), rest, begun);
@@ -226,17 +266,15 @@ PRIM void consume(const Attn& p, const Places<D>& at, uint8_t* smem, int head, i
             }
             round_weights<BF16_>(w, s);
             held += BLOCK_KV;
-            n = walk.n;
-            k_ring.advance();
-            v_ring.advance();
         }
         mbar_wait(at.v_full + 8 * v_ring.stage, v_ring.parity);
         if (n < BLOCK_KV) {
             clear_values<D>(smem + (at.v - at.q) + v_ring.stage * TILE<D>, n, thread);
-            named_bar_sync(1 + group, 128);
+            group_sync<D>(group);
         }
         start_outputs<BF16_, D>(o, w, at.v + v_ring.stage * TILE<D>);
         wgmma_wait<0>();
+        pin(o);
     }
 
     if (begun) {
@@ -271,30 +309,30 @@ PRIM void attention_sm90(const Attn& p, const Maps& maps) {
     DYN_SMEM(smem);
     const Places<D> at(smem_u32(smem));
     const int group = p.q_heads / p.kv_heads, head = blockIdx.y * group + blockIdx.x % group, b = blockIdx.z;
-    const int q0 = (int)(gridDim.x / group - 1 - blockIdx.x / group) * BLOCK_Q;
+    const int q0 = (int)(gridDim.x / group - 1 - blockIdx.x / group) * BLOCK_Q<D>;
     const Interval row = row_interval(p, b);
-    const int end = query_end(p, row, q0 + BLOCK_Q < p.q_len ? q0 + BLOCK_Q - 1 : p.q_len - 1);
+    const int end = query_end(p, row, q0 + BLOCK_Q<D> < p.q_len ? q0 + BLOCK_Q<D> - 1 : p.q_len - 1);
     if (threadIdx.x == 0) {
         mbar_init(at.q_full, 1);
-        UNROLL for (int s = 0; s < STAGES; s++) {
+        UNROLL for (int s = 0; s < STAGES<D>; s++) {
             mbar_init(at.k_full + 8 * s, 1);
             mbar_init(at.v_full + 8 * s, 1);
-            mbar_init(at.k_empty + 8 * s, CONSUMERS);
-            mbar_init(at.v_empty + 8 * s, CONSUMERS);
+            mbar_init(at.k_empty + 8 * s, CONSUMERS<D> * 4);
+            mbar_init(at.v_empty + 8 * s, CONSUMERS<D> * 4);
         }
         fence_barrier_init();
     }
     block_sync();
     if (threadIdx.x < 128) {
-        setmaxnreg_dec<40>();
+        setmaxnreg_dec<D == 64 ? 32 : 24>();
         if (threadIdx.x == 0) produce<D>(p, maps, at, head, q0, row, end);
     } else {
-        setmaxnreg_inc<232>();
+        setmaxnreg_inc<D == 64 ? 160 : 240>();
         consume<BF16_, D>(p, at, smem, head, q0, row, end);
     }
 }
 
-KERNEL(THREADS, 1) attention_sm90_bf16_d64(PARAM Attn p, PARAM Maps maps) { attention_sm90<true, 64>(p, maps); }
-KERNEL(THREADS, 1) attention_sm90_bf16_d128(PARAM Attn p, PARAM Maps maps) { attention_sm90<true, 128>(p, maps); }
-KERNEL(THREADS, 1) attention_sm90_f16_d64(PARAM Attn p, PARAM Maps maps) { attention_sm90<false, 64>(p, maps); }
-KERNEL(THREADS, 1) attention_sm90_f16_d128(PARAM Attn p, PARAM Maps maps) { attention_sm90<false, 128>(p, maps); }
+KERNEL(THREADS<64>, 1) attention_sm90_bf16_d64(PARAM Attn p, PARAM Maps maps) { attention_sm90<true, 64>(p, maps); }
+KERNEL(THREADS<128>, 1) attention_sm90_bf16_d128(PARAM Attn p, PARAM Maps maps) { attention_sm90<true, 128>(p, maps); }
+KERNEL(THREADS<64>, 1) attention_sm90_f16_d64(PARAM Attn p, PARAM Maps maps) { attention_sm90<false, 64>(p, maps); }
+KERNEL(THREADS<128>, 1) attention_sm90_f16_d128(PARAM Attn p, PARAM Maps maps) { attention_sm90<false, 128>(p, maps); }

@@ -191,6 +191,12 @@ PRIM void tma_load_4d(uint32_t dst, const TensorMap* m, uint32_t bar, int c0, in
         "l"((uint64_t)m), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
+// These values exist here: what computes them stays before this place, what uses them after it. A wait for wgmma names no registers,
+// so without this the compiler moves it past arithmetic, and the overlap that was written down is gone.
+template <int N>
+PRIM void pin(float (&d)[N]) {
+    UNROLL for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
 template <int N>
 PRIM void setmaxnreg_inc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));

@@ -350,7 +350,7 @@ unsafe fn sm80(p: &Problem, call: &Attn, cx: &Context) -> Result<()> {
 }
 
 unsafe fn sm90(p: &Problem, call: &Attn, cx: &Context) -> Result<()> {
-    let tiles = p.q_len.div_ceil(kernels::SM90_QUERIES);
+    let tiles = p.q_len.div_ceil(kernels::sm90_queries(p.head_dim));
     let grid = [tiles * p.group, p.kv_heads, p.batch].map(|n| n as u32);
     let kernel = kernels::attention_sm90(p.q.dtype(), p.head_dim)?;
     let maps = Maps::new(call, p.q.dtype())?;

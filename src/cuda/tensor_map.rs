@@ -3,14 +3,17 @@
 use cudarc::driver::sys;
 
 use super::driver::said;
+use super::kernels::sm90_queries;
 use super::params::{Attn, View};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 /// Pages of one launch of `attention_sm90`: a kernel's parameters are to stay under 4 KB.
 pub const MAPS_PAGES: usize = 6;
-/// Rows and channels (128 bytes) of a box.
-const BOX: [u32; 4] = [64, 128, 1, 1];
+/// Channels of a box: 128 bytes.
+const CHANNELS: u32 = 64;
+/// Rows of a box of K or V.
+const KEYS: usize = 128;
 
 /// The driver's own, which is only ever given to a kernel.
 #[repr(C, align(64))]
@@ -40,20 +43,22 @@ impl Maps {
     /// When the driver refuses one.
     pub fn new(call: &Attn, dtype: DType) -> Result<Self> {
         let [batch, dim] = [call.batch, call.head_dim].map(|n| n as u64);
-        let one = |name: &str, view: &View, rows: i32, heads: i32| {
-            encode(name, dtype, view, [dim, rows as u64, heads as u64, batch])
+        let one = |name: &str, view: &View, rows: i32, heads: i32, tile: usize| {
+            encode(name, dtype, view, [dim, rows as u64, heads as u64, batch], tile as u32)
         };
-        let mut maps = Self { q: one("q", &call.q, call.q_len, call.q_heads)?, ..Self::default() };
+        let q = one("q", &call.q, call.q_len, call.q_heads, sm90_queries(dim as usize))?;
+        let mut maps = Self { q, ..Self::default() };
         for (n, page) in call.page[..call.pages as usize].iter().enumerate() {
-            maps.k[n] = one("k", &page.k.rows, page.tokens, call.kv_heads)?;
-            maps.v[n] = one("v", &page.v.rows, page.tokens, call.kv_heads)?;
+            maps.k[n] = one("k", &page.k.rows, page.tokens, call.kv_heads, KEYS)?;
+            maps.v[n] = one("v", &page.v.rows, page.tokens, call.kv_heads, KEYS)?;
         }
         Ok(maps)
     }
 }
 
-/// Sizes from the innermost axis on: channels, rows, heads, batch. What lies beyond them is read as zeros.
-fn encode(name: &str, dtype: DType, view: &View, size: [u64; 4]) -> Result<TensorMap> {
+/// Sizes from the innermost axis on: channels, rows, heads, batch. What lies beyond them is read as zeros. `tile`: rows of a
+/// box.
+fn encode(name: &str, dtype: DType, view: &View, size: [u64; 4], tile: u32) -> Result<TensorMap> {
     let kind = match dtype {
         DType::BF16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
@@ -72,7 +77,7 @@ fn encode(name: &str, dtype: DType, view: &View, size: [u64; 4]) -> Result<Tenso
             view.ptr as *mut std::ffi::c_void,
             size.as_ptr(),
             stride.as_ptr(),
-            BOX.as_ptr(),
+            [CHANNELS, tile, 1, 1].as_ptr(),
             [1u32; 4].as_ptr(),
             sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
             sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,

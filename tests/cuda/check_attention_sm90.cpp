@@ -12,27 +12,30 @@ constexpr int SEGMENT = 320;
 #include "attention_sm90.cu"
 
 // As src/cuda/tensor_map.rs asks the driver for it.
-static void encode(TensorMap& map, int dtype, const View& view, uint64_t dim, uint64_t rows, uint64_t heads, uint64_t batch) {
+static void encode(TensorMap& map, int dtype, const View& view, uint64_t dim, uint64_t rows, uint64_t heads, uint64_t batch,
+                   int box_rows) {
     const uint64_t size[4] = {dim, rows, heads, batch};
     const uint64_t stride[3] = {(uint64_t)view.row_stride, (uint64_t)view.head_stride, (uint64_t)view.batch_stride};
-    const uint32_t box[4] = {64, 128, 1, 1}, one[4] = {1, 1, 1, 1};
+    const uint32_t box[4] = {64, (uint32_t)box_rows, 1, 1}, one[4] = {1, 1, 1, 1};
     SHIM_CHECK(fake::encode_tensor_map(&map, dtype == BF16 ? 9 : 6, 4, (void*)view.ptr, size, stride, box, one, 0, 3),
                "a tensor map that the driver would refuse");
 }
 
 static void launch(const Attn& p, const Case& c, cpu::Mode mode, uint64_t seed) {
     Maps maps = {};
-    encode(maps.q, c.dtype, p.q, p.head_dim, p.q_len, p.q_heads, p.batch);
+    encode(maps.q, c.dtype, p.q, p.head_dim, p.q_len, p.q_heads, p.batch, c.head_dim == 64 ? BLOCK_Q<64> : BLOCK_Q<128>);
     SHIM_CHECK(p.pages <= MAPS_PAGES, "a case of too many pages");
     for (int n = 0; n < p.pages; n++) {
-        encode(maps.k[n], c.dtype, p.page[n].k.rows, p.head_dim, p.page[n].tokens, p.kv_heads, p.batch);
-        encode(maps.v[n], c.dtype, p.page[n].v.rows, p.head_dim, p.page[n].tokens, p.kv_heads, p.batch);
+        encode(maps.k[n], c.dtype, p.page[n].k.rows, p.head_dim, p.page[n].tokens, p.kv_heads, p.batch, BLOCK_KV);
+        encode(maps.v[n], c.dtype, p.page[n].v.rows, p.head_dim, p.page[n].tokens, p.kv_heads, p.batch, BLOCK_KV);
     }
-    const unsigned tiles = (p.q_len + BLOCK_Q - 1) / BLOCK_Q, group = p.q_heads / p.kv_heads;
-    const size_t smem = c.head_dim == 64 ? SMEM_BYTES<64> : SMEM_BYTES<128>;
-    auto* const kernel = c.dtype == BF16 ? (c.head_dim == 64 ? attention_sm90_bf16_d64 : attention_sm90_bf16_d128)
-                                         : (c.head_dim == 64 ? attention_sm90_f16_d64 : attention_sm90_f16_d128);
-    cpu::launch({tiles * group, (unsigned)p.kv_heads, (unsigned)p.batch}, {THREADS, 1, 1}, smem, [&] { kernel(p, maps); }, mode, seed, 2);
+    const bool narrow = c.head_dim == 64;
+    const unsigned block_q = narrow ? BLOCK_Q<64> : BLOCK_Q<128>, threads = narrow ? THREADS<64> : THREADS<128>;
+    const unsigned tiles = (p.q_len + block_q - 1) / block_q, group = p.q_heads / p.kv_heads;
+    const size_t smem = narrow ? SMEM_BYTES<64> : SMEM_BYTES<128>;
+    auto* const kernel = c.dtype == BF16 ? (narrow ? attention_sm90_bf16_d64 : attention_sm90_bf16_d128)
+                                         : (narrow ? attention_sm90_f16_d64 : attention_sm90_f16_d128);
+    cpu::launch({tiles * group, (unsigned)p.kv_heads, (unsigned)p.batch}, {threads, 1, 1}, smem, [&] { kernel(p, maps); }, mode, seed, 2);
 }
 
 int main(int argc, char** argv) {

@@ -534,6 +534,8 @@ PRIM void tma_load_4d(uint32_t dst, const TensorMap* m, uint32_t bar, int c0, in
     cpu::tma_load(dst, m, bar, 4, {c0, c1, c2, c3});
 }
 PRIM void wgmma_fence() {}
+template <int N>
+PRIM void pin(float (&)[N]) {}
 namespace cpu {
 // 128-byte-swizzled operand tiles, gathered in 16-byte chunks.
 // K-major ((8,m),(8,2)):((64,SBO),(1,8)) ; MN-major ((64,m),(8,2)):((1,LBO),(64,SBO)), in elements of 2 bytes
