@@ -15,8 +15,12 @@ use crate::tensor::TensorRef;
 pub const ROWS: usize = 64;
 /// Rows of a tile.
 const TILE: usize = 16;
-/// Keys of a split, at least: fewer would not pay for their partial.
-const MIN_SPLIT: usize = 256;
+/// Keys that the 4 warps of a block take at a time, 64 each: splits of fewer, or of a few more, would leave warps idle.
+const STEP: usize = 256;
+/// What a block takes beside its keys (its start, its end, its partial), as so many keys. A guess; only ties depend on it.
+const OVERHEAD: usize = 256;
+/// Rounds of blocks that are weighed against each other.
+const ROUNDS: usize = 6;
 /// Blocks that an SM has at a time: as many as its shared memory has room for, 1 KiB of each the system's own.
 fn blocks_per_sm(device: &Device, head_dim: usize) -> usize {
     let Ok(kernel) = kernels::decode(DType::BF16, head_dim) else { return 1 };
@@ -29,8 +33,8 @@ pub fn unserved(q: &TensorRef, kv: &KvRef) -> Option<String> {
     if q.dtype() == DType::F32 || !(head_dim == 64 || head_dim == 128) {
         return Some(format!("{} of head_dim {head_dim}", q.dtype().name()));
     }
-    if !views::aligned(&View::from(q), 4) {
-        return Some("rows of q that begin off multiples of 4 bytes".into());
+    if !views::aligned(&View::from(q), 16) {
+        return Some("rows of q that begin off multiples of 16 bytes".into());
     }
     for (k, v, ..) in kv.pages() {
         let (k, v) = (Side::from(k), Side::from(v));
@@ -40,6 +44,30 @@ pub fn unserved(q: &TensorRef, kv: &KvRef) -> Option<String> {
         }
     }
     None
+}
+
+/// Keys of a split: pages of `tokens`, each split taken by `tasks` blocks, so that the blocks fill the card, which has
+/// `at_a_time` of them at a time.
+///
+/// All blocks stream at one rate, so time is rounds times the longest split. A round that is hardly begun costs as much as a full
+/// one: hence the largest number of splits that still fits, for each number of rounds, and the best of these.
+fn split_len(tokens: &[usize], tasks: usize, at_a_time: usize) -> usize {
+    let splits = |len: usize| tokens.iter().map(|t| t.div_ceil(len)).sum::<usize>();
+    let longest = tokens.iter().copied().max().unwrap_or(0).max(1).next_multiple_of(STEP);
+    let mut best = (usize::MAX, longest); // what it costs; where nothing fits, pages are not cut
+    for rounds in 1..=ROUNDS {
+        let most = rounds * at_a_time / tasks.max(1);
+        if splits(longest) > most {
+            continue;
+        }
+        let (mut low, mut high) = (1, longest / STEP); // high always fits
+        while low < high {
+            let middle = usize::midpoint(low, high);
+            if splits(middle * STEP) <= most { high = middle } else { low = middle + 1 }
+        }
+        best = best.min((rounds * (high * STEP + OVERHEAD), high * STEP));
+    }
+    best.1
 }
 
 /// Launches of a call, and how many splits they leave.
@@ -57,12 +85,12 @@ impl Plan {
     /// For q over these keys.
     pub fn new(q: &TensorRef, kv: &KvRef, device: &Device) -> Self {
         let [batch, q_heads, q_len, head_dim] = q.shape();
-        let [_, kv_heads, kv_len, _] = kv.shape();
+        let kv_heads = kv.shape()[1];
         let group = q_heads.checked_div(kv_heads).unwrap_or(1).max(1);
         let tiles = (group * q_len).div_ceil(TILE);
-        let room =
-            (blocks_per_sm(device, head_dim) * device.sms.max(1) as usize).div_ceil((batch * kv_heads * tiles).max(1));
-        let split_len = kv_len.div_ceil(room).max(MIN_SPLIT).next_multiple_of(crate::quant::GROUP);
+        let at_a_time = blocks_per_sm(device, head_dim) * device.sms.max(1) as usize;
+        let tokens: Vec<usize> = kv.pages().map(|(.., tokens)| tokens).collect();
+        let split_len = split_len(&tokens, batch * kv_heads * tiles, at_a_time);
         let of = |pages: &[Page]| pages.iter().map(|p| (p.tokens as usize).div_ceil(split_len)).sum::<usize>().max(1);
         let pages = views::pages(kv);
         let mut launches: Vec<(Vec<Page>, usize)> = pages.chunks(MAX_PAGES).map(|c| (c.to_vec(), of(c))).collect();
@@ -122,4 +150,49 @@ pub unsafe fn decode(p: &Problem, call: &Attn, plan: &Plan, workspace: u64, cx: 
         Splits { outs: workspace, lses, count: plan.splits, out_stride: plan.out_bytes, lse_stride: plan.lse_bytes };
     // SAFETY: as above; the partials are in the workspace.
     unsafe { merge_splits(&parts, p.out, p.lse, cx) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Blocks over those that whole rounds of them would have room for.
+    fn filled(tokens: &[usize], tasks: usize, at_a_time: usize) -> f64 {
+        let len = split_len(tokens, tasks, at_a_time);
+        let blocks = tokens.iter().map(|t| t.div_ceil(len)).sum::<usize>() * tasks;
+        blocks as f64 / blocks.next_multiple_of(at_a_time) as f64
+    }
+
+    #[test]
+    fn splits_fill_the_card() {
+        for sms in [108, 132, 142] {
+            for blocks in [1, 2, 3] {
+                for tasks in [1, 2, 8, 16] {
+                    let f = filled(&[1 << 20], tasks, sms * blocks);
+                    assert!(f > 0.85, "{sms} multiprocessors of {blocks} blocks, {tasks} tasks: {f} full");
+                }
+            }
+        }
+        let f = filled(&[40_000, 100, 90_000, 65_536], 8, 396);
+        assert!(f > 0.85, "pages of several lengths: {f} full");
+    }
+
+    #[test]
+    fn no_round_is_hardly_begun() {
+        for keys in (1000..400_000).step_by(777) {
+            let len = split_len(&[keys], 8, 396);
+            let blocks = 8 * keys.div_ceil(len);
+            let f = blocks as f64 / blocks.next_multiple_of(396) as f64;
+            assert!(blocks <= 396 || f > 0.85, "{keys} keys: {blocks} blocks of {len}: {f} full");
+        }
+    }
+
+    #[test]
+    fn splits_are_whole_steps() {
+        for (tokens, tasks) in [(vec![], 1), (vec![1], 1), (vec![300, 5], 8), (vec![100_000], 5000), (vec![1 << 30], 1)]
+        {
+            let len = split_len(&tokens, tasks, 396);
+            assert!(len >= STEP && len.is_multiple_of(STEP), "{tokens:?}, {tasks} tasks: {len}");
+        }
+    }
 }
