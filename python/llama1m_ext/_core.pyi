@@ -124,3 +124,43 @@ def cuda_attention_workspace(
     out_f32: bool = False,
 ) -> int:
     """Bytes of workspace that `cuda_attention` wants for such a call."""
+
+def cuda_merge_partials(
+    outs: Sequence[torch.Tensor],
+    lses: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    *,
+    stream: int = 0,
+) -> None:
+    """Joins partials over disjoint keys into `out` and `lse`, on one GPU."""
+
+def cuda_rope_apply(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor | None,
+    positions: torch.Tensor,
+    inv_freq: Array,
+    *,
+    attention_scaling: float = 1.0,
+    stream: int = 0,
+) -> None:
+    """Rotates q and k by their positions into q_out and k_out, on one GPU; `inv_freq` on the CPU."""
+
+def cuda_kv_append(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    page_k: Side,
+    page_v: Side,
+    at: int,
+    *,
+    positions: torch.Tensor | None = None,
+    inv_freq: Array | None = None,
+    attention_scaling: float = 1.0,
+    stream: int = 0,
+) -> None:
+    """Writes keys, rotated where there are positions, and values at token `at` of a page, on one GPU."""
+
+def cuda_kv_read(side: Side, start: int, out: torch.Tensor, of: str, *, stream: int = 0) -> None:
+    """Tokens `start ..` of a page's keys or values as dense rows, on one GPU."""
