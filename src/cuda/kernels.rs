@@ -177,5 +177,28 @@ pub static KV_READ: Kernel = kernel("kv_read", "kv.cu", 256, kv_smem(256));
 /// Bytes of shared memory that `kv.cu` takes for compact rows of so many elements; 0: no compact rows.
 pub const fn kv_smem(head_dim: usize) -> u32 {
     let width = head_dim.next_multiple_of(GROUP);
-    (3072 + if width == 0 { 0 } else { GROUP * (width + 4) * 4 }) as u32
+    (4096 + if width == 0 { 0 } else { GROUP * (width + 4) * 4 }) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(name: &str) -> &'static str {
+        SOURCES.iter().find(|(n, _)| *n == name).unwrap().1
+    }
+
+    /// What the sources assert of themselves is what is launched.
+    #[test]
+    fn geometry_is_the_sources() {
+        let says = |name: &str, words: String| assert!(source(name).contains(&words), "{name}: expected {words}");
+        says("kv.cu", format!("smem_bytes(MAX_WIDTH) == {} && smem_bytes(0) == {}", kv_smem(256), kv_smem(0)));
+        says("merge.cu", format!("SMEM_BYTES == {}", MERGE.smem));
+        says("rope.cu", format!("SMEM_BYTES == {}", ROPE.f32.smem));
+        says("kv.cu", format!("THREADS = {},", KV_APPEND.threads));
+        says("merge.cu", format!("THREADS = {},", MERGE.threads));
+        says("merge.cu", "WARPS = THREADS / 32".into());
+        assert_eq!(MERGE_ROWS * 32, MERGE.threads as usize);
+        says("rope.cu", format!("TOKENS = {ROPE_TOKENS}, THREADS = {}", ROPE.f32.threads));
+    }
 }
