@@ -10,6 +10,7 @@
 #include "vectors.cuh"
 
 constexpr int THREADS = 128, WARPS = THREADS / 32, WIDE = 4;
+constexpr int AHEAD = 4;  // partials that are on their way before the first is used
 constexpr int SMEM_BYTES = THREADS * WIDE * 4;
 static_assert(SMEM_BYTES == 2048, "src/cuda/kernels.rs has the same");
 
@@ -49,6 +50,9 @@ PRIM uint64_t out_of(const Merge& p, Place at, int n) {
 // The larger one; a NaN is larger than anything.
 PRIM float top_of(float a, float b) { return b > a || b != b ? b : a; }
 
+// A partial that saw no key is not read: its out may be anything.
+PRIM bool counts(float weight) { return weight != 0.f; }
+
 template <int WARPS_OF_ROW, int N>
 PRIM void merge_row(const Merge& p, int64_t row, float* shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS_OF_ROW;
@@ -74,12 +78,21 @@ PRIM void merge_row(const Merge& p, int64_t row, float* shared) {
         float acc[N];
         UNROLL for (int e = 0; e < N; e++) acc[e] = 0.f;
         if (!empty && d < p.head_dim)
-            for (int n = warp; n < p.count; n += WARPS_OF_ROW) {
-                const float weight = expf(lse_of(p, at, n) - top) * inverse;
-                if (weight == 0.f) continue;  // its out may be anything
-                float x[N];
-                load_any<N>(p.in_dtype[p.is_list ? n : 0], out_of(p, at, n), d, x);
-                UNROLL for (int e = 0; e < N; e++) acc[e] = fma_rn(x[e], weight, acc[e]);
+            for (int n0 = warp; n0 < p.count; n0 += AHEAD * WARPS_OF_ROW) {
+                float weight[AHEAD], x[AHEAD][N];
+                UNROLL for (int j = 0; j < AHEAD; j++) {
+                    const int n = n0 + j * WARPS_OF_ROW;
+                    weight[j] = n < p.count ? expf(lse_of(p, at, n) - top) * inverse : 0.f;
+                }
+                UNROLL for (int j = 0; j < AHEAD; j++) {
+                    const int n = n0 + j * WARPS_OF_ROW;
+                    if (!counts(weight[j])) continue;
+                    load_any<N>(p.in_dtype[p.is_list ? n : 0], out_of(p, at, n), d, x[j]);
+                }
+                UNROLL for (int j = 0; j < AHEAD; j++) {
+                    if (!counts(weight[j])) continue;
+                    UNROLL for (int e = 0; e < N; e++) acc[e] = fma_rn(x[j][e], weight[j], acc[e]);
+                }
             }
         if constexpr (WARPS_OF_ROW > 1) {
             block_sync();  // the sums of the last round have been read
