@@ -45,6 +45,7 @@ int main(int argc, char** argv) {
         {.name = "more keys", .q_len = 70, .kv_len = 393, .q_heads = 2, .kv_heads = 2, .spread = 4},
         {.name = "a tile and a bit", .q_len = 129, .kv_len = 257, .q_heads = 1},
         {.name = "d64", .head_dim = 64, .q_len = 130, .kv_len = 400, .q_heads = 3},
+        {.name = "groups", .head_dim = 64, .q_len = 200, .kv_len = 200, .batch = 2, .q_heads = 6, .kv_heads = 2},
         {.name = "f16", .dtype = F16, .q_len = 66, .kv_len = 255, .spread = 3},
         {.name = "f16 d64", .dtype = F16, .head_dim = 64, .q_len = 40, .kv_len = 128},
         {.name = "not causal", .head_dim = 64, .q_len = 33, .kv_len = 300, .causal = false},

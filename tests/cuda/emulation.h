@@ -85,6 +85,7 @@ struct Block {
     std::function<void()>* body;
     int remaining;
     uint64_t switches = 0;
+    bool hop = false;  // let any warp run next
     bool now() { return mode == EAGER || (mode == RANDOM && (rnd() & 1)); }
     uint32_t rnd() {
         rng ^= rng << 13;
@@ -205,7 +206,8 @@ inline void run_block(Block& b, std::function<void()>& body) {
                 ran = true;
             }
             if (ran)
-                w = b.mode != RANDOM ? (ww + 1) % nw : b.rnd() % 32 ? ww : b.rnd() % nw;
+                w = b.mode != RANDOM ? (ww + 1) % nw : !b.hop && b.rnd() % 32 ? ww : b.rnd() % nw;
+            b.hop = false;
         }
         if (!b.async.empty() && (!ran || (b.mode == RANDOM && b.rnd() % 64 == 0))) {
             run_async();
@@ -462,6 +464,12 @@ PRIM void mbar_arrive(uint32_t b) {
     SHIM_CHECK(m.pending > 0, "mbarrier arrived too often");
     m.pending--;
     cpu::mbar_check(b);
+    // Now and then a thread that has given something away stands still until others have got to use it.
+    if (cpu::blk->mode == cpu::RANDOM && cpu::blk->rnd() % 8 == 0)
+        for (uint32_t n = cpu::blk->rnd() % 256; n; n--) {
+            cpu::blk->hop = true;
+            cpu::yield();
+        }
 }
 PRIM void mbar_expect_tx(uint32_t b, uint32_t bytes) {
     cpu::mb(b).tx += bytes;
