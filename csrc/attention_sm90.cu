@@ -1,13 +1,14 @@
 // Prefill attention for Hopper (sm_90a): TMA, wgmma, warp specialisation; after FlashAttention-3 (Shah et al., 2407.08608).
 //
-// A block has BLOCK_Q queries of one head and three warpgroups. The first loads: one thread of it asks the tensor copy engine for the
-// tiles of K and V, two of each ahead. The other two have 64 queries each: S = Q K^T of the next block of keys and O += P V of this one
-// are given to the tensor cores together, and while those compute, the softmax of the next block is worked out. P never leaves
-// registers. Tiles lie in shared memory as wgmma reads them: boxes of 64 channels (128 bytes a row, swizzled).
+// A block has BLOCK_Q queries of one head. Its first warpgroup loads: one thread of it asks the tensor copy engine for the tiles of K
+// and V, STAGES of each ahead. The others have 64 queries each: S = Q K^T of the next block of keys and O += P V of this one are given
+// to the tensor cores together, and while those compute, the softmax of the next block is worked out. P never leaves registers. Tiles
+// lie in shared memory as wgmma reads them: boxes of 64 channels (128 bytes a row, swizzled). tests/gpu/PREDICTIONS.md counts what a
+// block of keys costs: the tensor cores are the limit for head_dim 128; for 64 the exponentials take as long as the products.
 //
 //   grid: x = (head of the group fastest, then tiles of queries, the last first: under a causal mask they take longest),
 //         y = key heads, z = batch
-//   THREADS 384, dynamic shared memory: SMEM_BYTES<head_dim> = 163 KB for 128, 83 KB for 64
+//   head_dim 128: 128 queries, 384 threads; 64: 192 queries, 512 threads; dynamic shared memory: SMEM_BYTES<head_dim>
 // Dense pages only, at most MAPS_PAGES of them; rows at multiples of 16 bytes; scale > 0. NaN in a key or value that only causality
 // hides may reach the queries before it in the same block; what kv_start, kv_end and kv_len hide does not matter.
 #include "elements.cuh"
@@ -39,6 +40,10 @@ template <int D>
 constexpr int TILE = BLOCK_KV * D * 2;
 template <int D>
 constexpr int SMEM_BYTES = Q_TILE<D> + 2 * STAGES<D> * TILE<D> + CONSUMERS<D> * 128 * 8 + 256;
+
+// src/cuda/kernels.rs has the same:
+static_assert(BLOCK_Q<64> == 192 && THREADS<64> == 512 && SMEM_BYTES<64> == 158976, "head_dim 64");
+static_assert(BLOCK_Q<128> == 128 && THREADS<128> == 384 && SMEM_BYTES<128> == 166144, "head_dim 128");
 
 // Shared memory, as offsets in the address space of TMA and wgmma.
 template <int D>

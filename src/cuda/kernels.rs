@@ -196,6 +196,13 @@ mod tests {
         says("merge.cu", format!("SMEM_BYTES == {}", MERGE.smem));
         says("rope.cu", format!("SMEM_BYTES == {}", ROPE.f32.smem));
         says("kv.cu", format!("THREADS = {},", KV_APPEND.threads));
+        for d in [64, 128] {
+            let Kernel { threads, smem, .. } = attention_sm90(DType::BF16, d).unwrap();
+            let queries = sm90_queries(d);
+            let same = format!("BLOCK_Q<{d}> == {queries} && THREADS<{d}> == {threads} && SMEM_BYTES<{d}> == {smem},");
+            says("attention_sm90.cu", same);
+        }
+        says("attention_sm90.cu", format!("MAPS_PAGES = {};", crate::cuda::tensor_map::MAPS_PAGES));
         says("merge.cu", format!("THREADS = {},", MERGE.threads));
         says("merge.cu", "WARPS = THREADS / 32".into());
         assert_eq!(MERGE_ROWS * 32, MERGE.threads as usize);
