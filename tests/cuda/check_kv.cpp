@@ -254,7 +254,7 @@ int main(int count, char** words) {
             good &= check({dtype, k_format, v_format, 2, 2, 128, 256, 64, 100, 64, {true}}, seed++);
             good &= check({dtype, k_format, other, 2, 2, 64, 130, 0, 130, 0, {}}, seed++);
             good &= check({dtype, k_format, k_format, 2, 2, 80, 192, 64, 5, 20, {false, 32}}, seed++);
-            good &= check({dtype, k_format, v_format, 2, 2, 18, 64, 0, 7, 9, {true, 2, dtype == F32 ? 4 : 2}}, seed++);
+            good &= check({dtype, k_format, v_format, 2, 2, 18, 64, 0, 7, 9, {true, dtype == F32 ? 4 : 2, dtype == F32 ? 4 : 2}}, seed++);
             good &= check({dtype, DENSE, k_format, 2, 3, 128, 200, 77, 1, 32, {}}, seed++);
             if (!quick) good &= check({dtype, k_format, k_format, 1, 2, 256, 128, 64, 64, 128, {}}, seed++);
         }
