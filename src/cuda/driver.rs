@@ -10,6 +10,28 @@ use cudarc::driver::{result, sys};
 
 use crate::error::{Error, Result};
 
+/// All that is called of it. cudarc looks each up at its first call, and panics where it is missing: a stub of the driver,
+/// such as containers and toolkits have.
+const CALLS: [&str; 17] = [
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuDeviceGetCount",
+    "cuDeviceGet",
+    "cuDeviceGetName",
+    "cuDeviceGetAttribute",
+    "cuDeviceTotalMem_v2",
+    "cuDevicePrimaryCtxRetain",
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuModuleLoadData",
+    "cuModuleGetFunction",
+    "cuFuncSetAttribute",
+    "cuLaunchKernel",
+    "cuTensorMapEncodeTiled",
+    "cuGetErrorName",
+    "cuGetErrorString",
+];
+
 /// A driver that is there.
 #[derive(Debug)]
 pub struct Driver {
@@ -24,7 +46,7 @@ pub struct Driver {
 /// The driver, looked for once.
 ///
 /// # Errors
-/// [`Error::Device`] where there is none, or it has no device.
+/// [`Error::Device`] where there is none, or it does not start.
 pub fn driver() -> Result<&'static Driver> {
     static FOUND: OnceLock<Result<Driver>> = OnceLock::new();
     FOUND.get_or_init(find).as_ref().map_err(Clone::clone)
@@ -37,7 +59,12 @@ fn find() -> Result<Driver> {
     }
     // SAFETY: the library is there; cuInit and the queries take what they are given.
     unsafe {
-        let fake = sys::culib().get::<unsafe extern "C" fn()>(b"llama1m_fake_driver\0").is_ok();
+        let has = |name: &str| sys::culib().get::<unsafe extern "C" fn()>(name.as_bytes()).is_ok();
+        if let Some(name) = CALLS.iter().find(|name| !has(name)) {
+            let what = format!("expected a driver for CUDA 12 or newer, and the libcuda.so.1 that was found has no {name}");
+            return Err(Error::Device(what));
+        }
+        let fake = has("llama1m_fake_driver");
         result::init().map_err(|e| said("cuInit", e))?;
         let (mut version, mut devices) = (0, 0);
         sys::cuDriverGetVersion(&mut version).result().map_err(|e| said("cuDriverGetVersion", e))?;
@@ -90,6 +117,9 @@ unsafe impl Send for Function {}
 pub fn device(ordinal: i32) -> Result<&'static Device> {
     static DEVICES: Mutex<Option<HashMap<i32, &'static Device>>> = Mutex::new(None);
     let found = driver()?;
+    if found.devices == 0 {
+        return Err(Error::Device("expected a GPU, and the driver knows of none".into()));
+    }
     if !(0..found.devices).contains(&ordinal) {
         return Err(Error::Device(format!("expected a device from 0 to {}, got {ordinal}", found.devices - 1)));
     }

@@ -18,7 +18,7 @@ pub struct Nvrtc {
     pub path: String,
     /// Major and minor.
     pub version: (i32, i32),
-    library: Library,
+    library: &'static Library,
 }
 
 /// What came of a compilation.
@@ -50,6 +50,7 @@ impl Nvrtc {
         }
         // SAFETY: as above.
         let library = unsafe { Library::new(path) }.map_err(|e| failed(format!("{path}: {e}")))?;
+        let library: &'static Library = Box::leak(Box::new(library)); // it was not made to be unloaded
         let (mut major, mut minor) = (0, 0);
         // SAFETY: the signature is the documented one.
         unsafe {
