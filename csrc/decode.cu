@@ -35,6 +35,7 @@ template <int D>
 constexpr int RING_BYTES = SLOTS<D> * SLOT_BYTES<D>;  // of a warp
 template <int D>
 constexpr int SMEM_BYTES = WARPS * RING_BYTES<D> + ROWS * D * 2 + 288;  // and Common
+static_assert(SMEM_BYTES<128> == 74016 && SMEM_BYTES<64> == 76064, "what src/cuda/kernels.rs gives");
 template <int D>
 constexpr int OUT_PITCH = D + 4;  // floats; at the end the rings hold the warps' outputs, then m and l
 static_assert(ROWS * (OUT_PITCH<128> + 2) * 4 <= RING_BYTES<128> && ROWS * (OUT_PITCH<64> + 2) * 4 <= RING_BYTES<64>,

@@ -207,5 +207,8 @@ mod tests {
         says("merge.cu", "WARPS = THREADS / 32".into());
         assert_eq!(MERGE_ROWS * 32, MERGE.threads as usize);
         says("rope.cu", format!("TOKENS = {ROPE_TOKENS}, THREADS = {}", ROPE.f32.threads));
+        let [wide, narrow] = [128, 64].map(decode_smem);
+        says("decode.cu", format!("SMEM_BYTES<128> == {wide} && SMEM_BYTES<64> == {narrow}"));
+        says("decode.cu", "THREADS = 128, WARPS = THREADS / 32, ROWS = 16".into());
     }
 }
