@@ -1,6 +1,8 @@
 """Bugs planted in the kernels, one at a time: do the checks see each? A check that misses one is not worth running.
 
-  python tests/cuda/mutations.py [FAMILY...] [--jobs N] [--list]
+  python tests/cuda/mutations.py [FAMILY...]              5 of each family, drawn anew each time (--seed N: those of an earlier run)
+  python tests/cuda/mutations.py [FAMILY...] --all        every one: ten minutes
+  python tests/cuda/mutations.py [FAMILY...] --list       what there is
 Each mutations_FAMILY.py has MUTATIONS = [(file in csrc, old text, new text, what), ...]; check_FAMILY.cpp must fail, or hang, or
 die with each of them, and pass without any.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,8 @@ from pathlib import Path
 
 import build
 
+LEVEL = "-O1"  # of optimisation: compiled once, run for a moment; -O0 takes longer in all
+EACH = 5  # of a family, where not all are tried
 LIMIT = 120  # seconds: a planted bug may well hang
 
 
@@ -65,7 +70,7 @@ def judged(mutation: Mutation | str) -> tuple[bool, str]:
             target = csrc / mutation.file
             target.write_text(target.read_text().replace(mutation.old, mutation.new))
         try:
-            program = build.check(family, csrc, level="-O1")  # compiled once, run for a moment
+            program = build.check(family, csrc, level=LEVEL)
         except build.BuildError as error:
             return False, f"does not compile: {str(error)[-400:]}"
         try:
@@ -86,6 +91,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time (default: %(default)s)")
+    parser.add_argument("--all", action="store_true", help="every one")
+    parser.add_argument("--seed", type=int, help="of the draw")
     parser.add_argument("--list", action="store_true", help="what there is, and end")
     args = parser.parse_args()
     families = args.families or [f for f in build.families() if mutations(f)]
@@ -99,6 +106,10 @@ def main() -> int:
             print(f"{mutation.family:16} {mutation.file:22} {mutation.what}")
         print(f"{len(planted)} planted bugs")
         return 0
+    known, seed = len(planted), args.seed if args.seed is not None else random.SystemRandom().randrange(10**6)
+    if not args.all:
+        draw = random.Random(seed)
+        planted = [m for f in families for m in draw.sample(own := mutations(f), min(EACH, len(own)))]
     if not planted:
         print("no mutations to try", file=sys.stderr)
         return 2
@@ -112,7 +123,8 @@ def main() -> int:
             print(f"{'caught' if good else 'MISSED'}  {mutation.family}: {mutation.what}: {how}", flush=True)
             if not good:
                 missed.append(mutation)
-    print(f"== {len(planted) - len(missed)} of {len(planted)} planted bugs caught")
+    drawn = "" if args.all else f"; drawn from {known} with --seed {seed}"
+    print(f"== {len(planted) - len(missed)} of {len(planted)} planted bugs caught{drawn}")
     return 1 if missed else 0
 
 
