@@ -61,7 +61,8 @@ fn find() -> Result<Driver> {
     unsafe {
         let has = |name: &str| sys::culib().get::<unsafe extern "C" fn()>(name.as_bytes()).is_ok();
         if let Some(name) = CALLS.iter().find(|name| !has(name)) {
-            let what = format!("expected a driver for CUDA 12 or newer, and the libcuda.so.1 that was found has no {name}");
+            let what =
+                format!("expected a driver for CUDA 12 or newer, and the libcuda.so.1 that was found has no {name}");
             return Err(Error::Device(what));
         }
         let fake = has("llama1m_fake_driver");
