@@ -109,7 +109,8 @@ def main() -> int:
     known, seed = len(planted), args.seed if args.seed is not None else random.SystemRandom().randrange(10**6)
     if not args.all:
         draw = random.Random(seed)
-        planted = [m for f in families for m in draw.sample(own := mutations(f), min(EACH, len(own)))]
+        lists = [mutations(family) for family in families]
+        planted = [mutation for own in lists for mutation in draw.sample(own, min(EACH, len(own)))]
     if not planted:
         print("no mutations to try", file=sys.stderr)
         return 2
