@@ -15,7 +15,7 @@ template <int FORMAT>
 constexpr uint32_t KEY_BIAS = FORMAT == INT8 ? 0xe480e480u : FORMAT == INT4 ? 0xe408e408u : 0u;
 
 // The channels of a unit of keys as pairs of float16, in order, biased. 3 instructions for 4 codes of int8, 7 for 8 of
-// int4, 9 for 4 of fp8.
+// int4, 10 for 4 of fp8.
 template <int FORMAT>
 PRIM void key_pairs(uint32_t unit, uint32_t (&pair)[FOLD<FORMAT> / 2]) {
     if constexpr (FORMAT == INT8) {

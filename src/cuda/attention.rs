@@ -177,12 +177,24 @@ fn launches(kv: &KvRef, path: Path) -> Vec<Launch> {
     all
 }
 
+/// Kernels count in 32 bits. Axes that are expanded may have any length without any memory.
+fn numbers(q: &TensorRef, kv_len: usize) -> Result<()> {
+    let [batch, q_heads, q_len, _] = q.shape();
+    for (name, n) in [("batch", batch), ("q_heads", q_heads), ("q_len", q_len), ("kv_len", kv_len)] {
+        if n > 1 << 30 {
+            return Err(Error::value(name, "at most 2^30 on a GPU", n));
+        }
+    }
+    Ok(())
+}
+
 /// Bytes of workspace that [`attention`] wants for q over these keys.
 ///
 /// # Errors
 /// When the path does not serve the call.
 pub fn workspace_bytes(q: &TensorRef, kv: &KvRef, out_f32: bool, path: Path, device: &Device) -> Result<usize> {
     let _ = out_f32; // makes no difference to the kernels that there are
+    numbers(q, kv.shape()[2])?;
     // Whatever else about the call makes `auto` fall back: there is room for that, too.
     let fallback = Plan::new(q, kv, Path::Any).bytes();
     let path = path.settle(q, kv, device)?;
@@ -208,11 +220,7 @@ pub unsafe fn attention(
     if p.batch * p.q_heads * p.q_len == 0 {
         return Ok(());
     }
-    for (name, n) in [("kv_len", p.kv_len), ("q_len", p.q_len)] {
-        if n > 1 << 30 {
-            return Err(Error::value(name, "at most 2^30 on a GPU", n));
-        }
-    }
+    numbers(&p.q, p.kv_len)?;
     if let Some(lse) = &p.lse
         && lse.byte_strides()
             != crate::tensor::contiguous(lse.shape())[..3].iter().map(|s| 4 * s).collect::<Vec<_>>()[..]
