@@ -122,10 +122,12 @@ PRIM void group_sync(int group) {
 // Gives S = Q K^T to the tensor cores.
 template <bool BF16_, int D>
 PRIM void start_scores(float (&s)[64], uint32_t q, uint32_t k) {
+    const uint64_t q_tile = wgmma_desc_sw128(q, 16, 1024), k_tile = wgmma_desc_sw128(k, 16, 1024);
     wgmma_fence();
     UNROLL for (int d = 0; d < D / 16; d++) {
-        const uint32_t q_at = q + d / 4 * BLOCK_Q<D> * 128 + d % 4 * 32, k_at = k + d / 4 * BLOCK_KV * 128 + d % 4 * 32;
-        wgmma_ss<BF16_>(s, wgmma_desc_sw128(q_at, 16, 1024), wgmma_desc_sw128(k_at, 16, 1024), d != 0);
+        // An address stands in a descriptor's lowest bits, in units of 16 bytes.
+        const int q_step = d / 4 * BLOCK_Q<D> * 128 + d % 4 * 32, k_step = d / 4 * BLOCK_KV * 128 + d % 4 * 32;
+        wgmma_ss<BF16_>(s, q_tile + q_step / 16, k_tile + k_step / 16, d != 0);
     }
     wgmma_commit();
 }
@@ -133,9 +135,9 @@ PRIM void start_scores(float (&s)[64], uint32_t q, uint32_t k) {
 // Gives O += P V to the tensor cores.
 template <bool BF16_, int D>
 PRIM void start_outputs(float (&o)[D / 2], const uint32_t (&w)[BLOCK_KV / 16][4], uint32_t v) {
+    const uint64_t v_tile = wgmma_desc_sw128(v, BLOCK_KV * 128, 1024);
     wgmma_fence();
-    UNROLL for (int k = 0; k < BLOCK_KV / 16; k++)
-        wgmma_rs<BF16_>(o, w[k], wgmma_desc_sw128(v + k * 16 * 128, BLOCK_KV * 128, 1024));
+    UNROLL for (int k = 0; k < BLOCK_KV / 16; k++) wgmma_rs<BF16_>(o, w[k], v_tile + k * 16 * 128 / 16);
     wgmma_commit();
 }
 
