@@ -361,7 +361,8 @@ PRIM void load_q(const Attn& p, int k_format, Common<D>& common) {
     uint64_t from[2];
     UNROLL for (int r = 0; r < 2; r++) {
         const int row = n + 8 * r;
-        from[r] = is_row(p, common.rows, row) ? row_address(p.q, common.rows.b, head_of(common.rows, row), query_of(common.rows, row)) : 0;
+        const Rows& rows = common.rows;
+        from[r] = is_row(p, rows, row) ? row_address(p.q, rows.b, head_of(rows, row), query_of(rows, row)) : 0;
         scale[r] = p.scale;
         factor[r] = 1.f;
         if (k_format == DENSE) continue;
@@ -536,7 +537,8 @@ PRIM void decode(const Attn& p) {
     DYN_SMEM(smem);
     Common<D>& common = *(Common<D>*)(smem + WARPS * RING_BYTES<D>);
     const int group = p.q_heads / p.kv_heads, tiles = (group * p.q_len + ROWS - 1) / ROWS;
-    const Rows rows = {(int)blockIdx.z, (int)blockIdx.y, group, (int)(blockIdx.x % tiles) * ROWS, (int)(blockIdx.x / tiles)};
+    const int tile = blockIdx.x % tiles;
+    const Rows rows = {(int)blockIdx.z, (int)blockIdx.y, group, tile * ROWS, (int)(blockIdx.x / tiles)};
     int page = 0, split = rows.split;
     for (; page < p.pages - 1; page++) {
         const int here = (p.page[page].tokens + p.split_len - 1) / p.split_len;
