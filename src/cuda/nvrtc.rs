@@ -33,6 +33,12 @@ fn failed(e: impl std::fmt::Display) -> Error {
     Error::Device(format!("NVRTC: {e}"))
 }
 
+/// What the loader has against a library; `libloading` keeps its words one level down.
+fn unloadable(path: &str, e: &libloading::Error) -> Error {
+    let why = std::error::Error::source(e).map_or_else(|| e.to_string(), ToString::to_string);
+    failed(if why.contains(path) { why } else { format!("{path}: {why}") })
+}
+
 impl Nvrtc {
     /// Loads a library: a path, or a name that is looked up among those that are loaded already.
     ///
@@ -49,14 +55,14 @@ impl Nvrtc {
             }
         }
         // SAFETY: as above.
-        let library = unsafe { Library::new(path) }.map_err(|e| failed(format!("{path}: {e}")))?;
+        let library = unsafe { Library::new(path) }.map_err(|e| unloadable(path, &e))?;
         let library: &'static Library = Box::leak(Box::new(library)); // it was not made to be unloaded
         let (mut major, mut minor) = (0, 0);
         // SAFETY: the signature is the documented one.
         unsafe {
             let version = library
                 .get::<unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int>(b"nvrtcVersion\0")
-                .map_err(|e| failed(format!("{path}: {e}")))?;
+                .map_err(|e| unloadable(path, &e))?;
             version(&mut major, &mut minor);
         }
         Ok(Self { path: path.into(), version: (major, minor), library })
@@ -146,7 +152,7 @@ impl Nvrtc {
 
     unsafe fn get<T: Copy>(&self, name: &str) -> Result<T> {
         // SAFETY: the caller gives the documented signature.
-        unsafe { self.library.get::<T>(name.as_bytes()) }.map(|f| *f).map_err(|e| failed(format!("{}: {e}", self.path)))
+        unsafe { self.library.get::<T>(name.as_bytes()) }.map(|f| *f).map_err(|e| unloadable(&self.path, &e))
     }
 }
 
