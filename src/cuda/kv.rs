@@ -3,7 +3,7 @@
 use super::kernels::{KV_APPEND, KV_READ, kv_smem};
 use super::launch::{Context, param};
 use super::params::{self, Append, Read, Rotation};
-use super::views::aligned;
+use super::views::{MOST, aligned, countable};
 use crate::args::Side;
 use crate::error::{Error, Result};
 use crate::quant::{Axis, GROUP};
@@ -37,6 +37,7 @@ pub unsafe fn kv_append(
         return Err(Error::value("v", format!("the shape of k, {:?}", k.shape()), format!("{:?}", v.shape())));
     }
     let [batch, heads, len, head_dim] = k.shape();
+    countable("tokens of the page", at + len, MOST)?;
     let rotation = rotation.unwrap_or_default();
     if rotation.pairs as usize * 2 > head_dim {
         let want = format!("at most {} frequencies for head_dim {head_dim}", head_dim / 2);
@@ -79,6 +80,7 @@ pub unsafe fn kv_append(
 pub unsafe fn kv_read(name: &str, page: Side, start: usize, out: TensorMut, cx: &Context) -> Result<()> {
     shapes::read(name, &page, start, &out)?;
     let [batch, heads, len, head_dim] = out.shape();
+    countable("tokens of the page", start + len, MOST)?;
     let is_key = matches!(&page, Side::Compact(c) if c.axis == Axis::Channel);
     let mut call = Read {
         out: (&out).into(),

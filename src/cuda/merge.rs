@@ -3,7 +3,7 @@
 use super::kernels::{MERGE, MERGE_ROWS, MERGE_SPLITS};
 use super::launch::{Context, param};
 use super::params::{MAX_PARTIALS, Merge, View, dtype};
-use super::views::aligned;
+use super::views::{MOST, aligned, countable};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::shapes;
@@ -56,7 +56,7 @@ pub unsafe fn merge_partials(
     }
     call.wide = i32::from(wide);
     // SAFETY: the caller's promise.
-    unsafe { launch(&call, cx) }
+    unsafe { launch(&call, out.shape(), cx) }
 }
 
 /// Joins the splits of a workspace into `out` and `lse`.
@@ -83,7 +83,7 @@ pub unsafe fn merge_splits(parts: &Splits, out: TensorMut, lse: Option<TensorMut
         (rows(parts.outs, head_dim), rows(parts.lses, 1), dtype(DType::F32));
     call.wide &= i32::from(aligned(&call.outs[0], WIDE * 4) && parts.out_stride.is_multiple_of(WIDE * 4));
     // SAFETY: the caller's promise.
-    unsafe { launch(&call, cx) }
+    unsafe { launch(&call, out.shape(), cx) }
 }
 
 /// A call without its partials.
@@ -104,7 +104,10 @@ fn joined(out: &TensorMut, lse: Option<&TensorMut>) -> Merge {
     }
 }
 
-unsafe fn launch(call: &Merge, cx: &Context) -> Result<()> {
+unsafe fn launch(call: &Merge, shape: [usize; 4], cx: &Context) -> Result<()> {
+    for (name, n) in ["batch rows", "heads", "queries", "elements of a head"].into_iter().zip(shape) {
+        countable(name, n, MOST)?;
+    }
     let rows = call.batch as usize * call.heads as usize * call.len as usize;
     let shape = || {
         let Merge { batch, heads, len, head_dim, count, .. } = call;

@@ -3,7 +3,7 @@
 use super::kernels::{ROPE, ROPE_TOKENS};
 use super::launch::{Context, param};
 use super::params::{MAX_PAIRS, Rope, Rotation};
-use super::views::aligned;
+use super::views::{MOST, aligned, countable};
 use crate::error::{Error, Result};
 use crate::shapes;
 use crate::tensor::{TensorMut, TensorRef};
@@ -48,6 +48,11 @@ pub unsafe fn rope_apply(
     shapes::rope(pairs, turns, scaling)?;
     let Some((_, q, q_out)) = pairs.first() else { return Ok(()) };
     let (dtype, [batch, q_heads, len, q_dim]) = (q.dtype(), q.shape());
+    for (_, x, _) in pairs {
+        countable("tokens", len, MOST)?;
+        countable("heads", x.shape()[1], 1 << 16)?;
+        countable("elements of a head", x.shape()[3], 1 << 12)?;
+    }
     let mut call = Rope {
         q: q.into(),
         q_out: q_out.into(),

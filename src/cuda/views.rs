@@ -2,6 +2,7 @@
 
 use super::params::{Attn, Page, Side, View};
 use crate::args::{self, KvRef, Problem};
+use crate::error::{Error, Result};
 use crate::quant::{Codes, CompactMut};
 use crate::shapes::SideMut;
 use crate::tensor::{Unit, ViewMut, ViewRef};
@@ -27,6 +28,17 @@ impl<U: Unit> From<&ViewMut<'_, U>> for View {
 pub fn aligned(v: &View, bytes: usize) -> bool {
     let strides = [v.batch_stride, v.head_stride, v.row_stride];
     v.ptr.is_multiple_of(bytes as u64) && strides.iter().all(|s| s % bytes as i64 == 0)
+}
+
+/// Most of anything that a kernel counts, tokens above all: it does so in 32 bits.
+pub const MOST: usize = 1 << 30;
+
+/// Refuses what a kernel can't count.
+///
+/// # Errors
+/// When a number is above `most`.
+pub fn countable(name: &str, n: usize, most: usize) -> Result<()> {
+    if n > most { Err(Error::value(name, format!("at most {most} of them on a GPU"), n)) } else { Ok(()) }
 }
 
 /// The number of a format in `params.h`.

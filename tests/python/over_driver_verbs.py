@@ -131,6 +131,9 @@ def test_what_does_not_fit_is_refused():
     ]:
         with pytest.raises((TypeError, ValueError), match=words):
             call()
+    long = torch.zeros(1, 2, 1, 64).expand(1, 2, 1 << 31, 64)
+    with pytest.raises(ValueError, match="at most 1073741824 of them on a GPU, got 2147483600"):
+        cuda.kv_read(long, (1 << 31) - 112, k.clone(), "k")
     side = int8[1]
     moved = Compact(torch.empty(side.codes.numel() + 1, dtype=torch.int8)[1:].view(side.codes.shape), side.params)
     with pytest.raises(ValueError, match="multiples of 16 bytes on a GPU"):
