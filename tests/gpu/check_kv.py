@@ -85,7 +85,7 @@ def attention_over_formats(machine: Machine, report: Report) -> None:
     """Decode (codes in registers) and prefill (made dense on the way) against float64 over what the codes stand for."""
     from llama1m_ext import formats, ops, testing
 
-    pairs = [(a, b) for a in FORMATS for b in FORMATS]
+    pairs = [(a, b) for a in FORMATS for b in FORMATS if a == b or not machine.dry]
     worst: dict[str, float] = {}
     for number, names in enumerate(pairs):
         for q_len in (1, 3, machine.size(150, 20)):
@@ -122,8 +122,10 @@ def attention_over_formats(machine: Machine, report: Report) -> None:
                     )
                     want, want_lse = truth.attention(q, *meant, mask)
                     yardstick = truth.eager(q, *(x.to(dtype) for x in meant), mask)
-                    # Scales are folded into q and P, which are rounded to the dtype once more than the yardstick's.
-                    allowed = 1.5 * truth.allowance(dtype, want, yardstick)
+                    # Scales are folded into q and P, and codes and offsets, which may be larger than what they add up to, meet
+                    # P apart: several roundings, of larger numbers, where the yardstick has one.
+                    compact = names != ("model", "model")
+                    allowed = (6 if compact else 1) * truth.allowance(dtype, want, yardstick)
                     error, _ = truth.errors(out, want)
                     label = f"{'/'.join(names)} {dtype_name} d{head_dim} q_len {q_len}"
                     report.check(
