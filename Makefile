@@ -52,6 +52,7 @@ lint: ## what CI refuses: format, clippy, ruff
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --all-targets --features python -- -D warnings
+	cargo clippy --all-targets --features python,cuda -- -D warnings
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 
