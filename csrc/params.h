@@ -43,7 +43,6 @@ struct Attn {                    // attention_any, attention_sm80, attention_sm9
     // decode: each page is cut into splits of split_len keys (a multiple of 64); split s writes a partial in base e to
     // part_out [splits, batch, q_heads, q_len, head_dim] float32 and part_lse [splits, batch, q_heads, q_len]
     int32_t split_len, splits;
-    int32_t stages, reserved;    // decode: steps that a warp holds in shared memory, 2 or 3
     uint64_t part_out, part_lse;
     Page page[MAX_PAGES];
 };

@@ -91,10 +91,6 @@ pub struct Attn {
     pub split_len: i32,
     /// Decode: splits.
     pub splits: i32,
-    /// Decode: steps that a warp holds in shared memory, 2 or 3.
-    pub stages: i32,
-    /// Padding.
-    pub reserved: i32,
     /// Decode: float32 `[splits, batch, q_heads, q_len, head_dim]`.
     pub part_out: u64,
     /// Decode: float32 `[splits, batch, q_heads, q_len]`.
