@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -92,3 +93,26 @@ def nan_in_new_pages(monkeypatch: pytest.MonkeyPatch) -> None:
         return made
 
     monkeypatch.setattr(dense, "empty", filled)
+
+
+@functools.cache
+def _why_no_fake_gpu() -> str | None:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        with FakeTensorMode():
+            torch.randn(2, device="cuda:0").uniform_()
+    except RuntimeError as e:  # torch 2.5 asks the driver even then
+        return str(e).splitlines()[0]
+    return None
+
+
+@pytest.fixture
+def fake_gpu() -> None:
+    """For tests of fake tensors on a GPU: skips where this torch can't make them without a driver. Never in CI's newest
+    environment."""
+    why = _why_no_fake_gpu()
+    if why is not None:
+        assert os.environ.get("LLAMA1M_CUDA_GATES") != "required", why
+        pytest.skip(f"no fake tensors on a GPU with this torch: {why}")

@@ -75,7 +75,7 @@ def test_compiled_on_the_cpu_is_what_it_is_without(kv):
 
 @pytest.mark.parametrize("kv", ["model", "int8/int4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_compiled_for_a_gpu_it_is_one_graph(kv, dtype):
+def test_compiled_for_a_gpu_it_is_one_graph(fake_gpu, kv, dtype):
     """With fake tensors: shapes, dtypes and devices of each result, as the compiler sees them on a machine with a GPU."""
     seen = []
 

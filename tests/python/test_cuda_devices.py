@@ -49,7 +49,7 @@ ONE, TWO = torch.device("cuda:0"), torch.device("cuda:1")
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def asked(fake_gpu, monkeypatch):
     """Fake GPUs that can be computed on. Gives the sizes of the questions asked; mask and positions are ordinary, unless
     `answers` says more."""
     found = types.SimpleNamespace(sizes=[], answers=lambda n: [False] * n)
@@ -498,7 +498,7 @@ def test_a_prompt_is_refused_where_one_of_the_gpus_is_full(asked, monkeypatch):
 # -- what was kept elsewhere -------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_cache_goes_to_the_devices_of_its_layers(tmp_path, monkeypatch):
+def test_a_saved_cache_goes_to_the_devices_of_its_layers(fake_gpu, tmp_path, monkeypatch):
     model = testing.tiny_model()
     cache = LongCache(kv="int8")
     with torch.no_grad():

@@ -198,7 +198,7 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nobody_overtakes_anybody(monkeypatch):
+def test_nobody_overtakes_anybody(fake_gpu, monkeypatch):
     streams = Streams(monkeypatch)
     copied = []
 
