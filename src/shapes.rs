@@ -71,6 +71,18 @@ pub fn merge(outs: &[TensorRef], lses: &[TensorRef], out: &TensorMut, lse: Optio
     Ok(())
 }
 
+/// The shape of the positions of `[batch, len]` tokens.
+///
+/// # Errors
+/// When it is another one.
+pub fn positions(shape: &[usize], batch: usize, len: usize) -> Result<()> {
+    if shape != [len] && shape != [1, len] && shape != [batch, len] {
+        let want = format!("[{batch}, {len}], [1, {len}] or [{len}]");
+        return Err(Error::value("positions", want, format!("shape {shape:?}")));
+    }
+    Ok(())
+}
+
 /// Frequencies and their factor.
 ///
 /// # Errors

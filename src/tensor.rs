@@ -131,6 +131,11 @@ macro_rules! layout {
             [0, 1, 2].map(|a| self.stride[a] * self.unit.size())
         }
 
+        /// Whether rows lie one after the other, without gaps.
+        pub fn is_contiguous(&self) -> bool {
+            self.stride[..3] == contiguous(self.shape)[..3]
+        }
+
         /// Where the first row begins, or would if there were any.
         pub fn start(&self) -> $ptr {
             self.ptr

@@ -222,8 +222,7 @@ pub unsafe fn attention(
     }
     numbers(&p.q, p.kv_len)?;
     if let Some(lse) = &p.lse
-        && lse.byte_strides()
-            != crate::tensor::contiguous(lse.shape())[..3].iter().map(|s| 4 * s).collect::<Vec<_>>()[..]
+        && !lse.is_contiguous()
     {
         return Err(Error::value("lse", "a contiguous tensor", format!("strides of {:?} bytes", lse.byte_strides())));
     }
@@ -271,7 +270,7 @@ pub unsafe fn attention(
         }
         if plan.partials > 0 {
             let (out, lse) = place(usize::from(n > 0));
-            (call.out, call.lse, call.out_f32) = (contiguous(p, out, p.head_dim), lse, 1);
+            (call.out, call.lse, call.out_f32) = (views::contiguous(out, p.q_heads, p.q_len, p.head_dim), lse, 1);
         }
         // SAFETY: the caller's promise; the parameter is what the kernels' signature says.
         unsafe {
@@ -364,11 +363,4 @@ unsafe fn sm90(p: &Problem, call: &Attn, cx: &Context) -> Result<()> {
     let maps = Maps::new(call, p.q.dtype())?;
     // SAFETY: the caller's promise.
     unsafe { cx.launch(kernel, grid, &mut [param(call), param(&maps)], &|| shape(p)) }
-}
-
-/// Rows `[batch, q_heads, q_len, width]` of float32, one after the other.
-fn contiguous(p: &Problem, ptr: u64, width: usize) -> View {
-    let row = 4 * width as i64;
-    let head = row * p.q_len as i64;
-    View { ptr, batch_stride: head * p.q_heads as i64, head_stride: head, row_stride: row }
 }

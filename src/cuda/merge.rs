@@ -2,7 +2,8 @@
 
 use super::kernels::{MERGE, MERGE_ROWS, MERGE_SPLITS};
 use super::launch::{Context, param};
-use super::params::{MAX_PARTIALS, Merge, View, dtype};
+use super::params::{MAX_PARTIALS, Merge, dtype};
+use super::views::contiguous;
 use super::views::{MOST, aligned, countable};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -68,11 +69,7 @@ pub unsafe fn merge_partials(
 /// As [`merge_partials`]; the splits have the shape of `out`, and begin at multiples of 16 bytes.
 pub unsafe fn merge_splits(parts: &Splits, out: TensorMut, lse: Option<TensorMut>, cx: &Context) -> Result<()> {
     let [_, heads, len, head_dim] = out.shape();
-    let rows = |ptr, width: usize| {
-        let row = 4 * width as i64;
-        let head = row * len as i64;
-        View { ptr, batch_stride: head * heads as i64, head_stride: head, row_stride: row }
-    };
+    let rows = |ptr, width| contiguous(ptr, heads, len, width);
     let mut call = Merge {
         count: parts.count as i32,
         split_stride: parts.out_stride as i64,

@@ -41,6 +41,12 @@ pub fn countable(name: &str, n: usize, most: usize) -> Result<()> {
     if n > most { Err(Error::value(name, format!("at most {most} of them on a GPU"), n)) } else { Ok(()) }
 }
 
+/// float32 rows `[batch, heads, len, width]` of a workspace, one after the other.
+pub fn contiguous(ptr: u64, heads: usize, len: usize, width: usize) -> View {
+    let row = 4 * width;
+    view(ptr, [row * len * heads, row * len, row])
+}
+
 /// The number of a format in `params.h`.
 pub fn format(codes: Option<Codes>) -> i32 {
     match codes {

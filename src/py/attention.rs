@@ -89,14 +89,7 @@ pub fn merge_partials(
     threads: usize,
 ) -> PyResult<()> {
     let (out_items, lse_items) = (tensor::items(outs)?, tensor::items(lses)?);
-    let mut o = Vec::with_capacity(out_items.len());
-    for (i, x) in out_items.iter().enumerate() {
-        o.push(HOST.rows(&format!("outs[{i}]"), x)?);
-    }
-    let mut s = Vec::with_capacity(lse_items.len());
-    for (i, x) in lse_items.iter().enumerate() {
-        s.push(HOST.sums(&format!("lses[{i}]"), x)?);
-    }
+    let (o, s) = HOST.partials(&out_items, &lse_items)?;
     let out = HOST.rows_mut("out", out)?;
     let lse = lse.map(|x| HOST.sums_mut("lse", x)).transpose()?;
     detached(py, threads, move |cx| crate::cpu::merge::merge_partials(&o, &s, out, lse, cx))

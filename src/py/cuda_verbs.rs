@@ -19,10 +19,7 @@ use crate::shapes;
 /// Positions of `[batch, len]` tokens: int64 `[len]`, `[1, len]` or `[batch, len]` on the device.
 fn positions(memory: &Memory, o: &Bound<'_, PyAny>, batch: usize, len: usize) -> PyResult<Positions> {
     let (at, shape) = memory.int64_address("positions", o)?;
-    if shape != [len] && shape != [1, len] && shape != [batch, len] {
-        let want = format!("[{batch}, {len}], [1, {len}] or [{len}]");
-        return Err(raise(Error::value("positions", want, format!("shape {shape:?}"))));
-    }
+    shapes::positions(&shape, batch, len).map_err(raise)?;
     Ok(Positions { at, batch_stride: if shape.len() == 2 && shape[0] > 1 { len } else { 0 } })
 }
 
@@ -38,14 +35,7 @@ pub fn cuda_merge_partials(
     stream: usize,
 ) -> PyResult<()> {
     let memory = device_memory()?;
-    let mut os = Vec::with_capacity(outs.len());
-    for (i, o) in outs.iter().enumerate() {
-        os.push(memory.rows(&format!("outs[{i}]"), o)?);
-    }
-    let mut ss = Vec::with_capacity(lses.len());
-    for (i, s) in lses.iter().enumerate() {
-        ss.push(memory.sums(&format!("lses[{i}]"), s)?);
-    }
+    let (os, ss) = memory.partials(&outs, &lses)?;
     let out = memory.rows_mut("out", out)?;
     let lse = lse.map(|o| memory.sums_mut("lse", o)).transpose()?;
     // SAFETY: above.
@@ -69,12 +59,7 @@ pub fn cuda_rope_apply(
     stream: usize,
 ) -> PyResult<()> {
     let memory = device_memory()?;
-    let mut pairs = vec![("q", memory.rows("q", q)?, memory.rows_mut("q_out", q_out)?)];
-    match (k, k_out) {
-        (Some(k), Some(k_out)) => pairs.push(("k", memory.rows("k", k)?, memory.rows_mut("k_out", k_out)?)),
-        (None, None) => {}
-        _ => return Err(raise(Error::value("k_out", "k and k_out together", "only one of them"))),
-    }
+    let pairs = memory.pairs(q, k, q_out, k_out)?;
     let [batch, _, len, _] = pairs[0].1.shape();
     let positions = self::positions(&memory, positions, batch, len)?;
     let turns = turns(inv_freq)?;

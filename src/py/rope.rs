@@ -8,7 +8,7 @@ use super::tensor::HOST;
 use super::{detached, tensor};
 use crate::cpu::rope as cpu;
 use crate::error::Error;
-use crate::rope;
+use crate::{rope, shapes};
 
 /// Frequencies on the host, as the engines take them.
 pub(super) fn turns(inv_freq: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
@@ -30,18 +30,10 @@ pub fn rope_apply(
     attention_scaling: f64,
     threads: usize,
 ) -> PyResult<()> {
-    let mut pairs = vec![("q", HOST.rows("q", q)?, HOST.rows_mut("q_out", q_out)?)];
-    match (k, k_out) {
-        (Some(k), Some(k_out)) => pairs.push(("k", HOST.rows("k", k)?, HOST.rows_mut("k_out", k_out)?)),
-        (None, None) => {}
-        _ => return Err(raise(Error::value("k_out", "k and k_out together", "only one of them"))),
-    }
+    let pairs = HOST.pairs(q, k, q_out, k_out)?;
     let [batch, _, len, _] = pairs[0].1.shape();
     let (values, shape) = tensor::int64s("positions", positions)?;
-    if shape != [len] && shape != [1, len] && shape != [batch, len] {
-        let want = format!("[{batch}, {len}], [1, {len}] or [{len}]");
-        return Err(raise(Error::value("positions", want, format!("shape {shape:?}"))));
-    }
+    shapes::positions(&shape, batch, len).map_err(raise)?;
     let turns = turns(inv_freq)?;
     detached(py, threads, move |cx| cpu::rope_apply(&pairs, &values, &turns, attention_scaling, cx))
 }

@@ -331,6 +331,37 @@ impl Memory {
         self.write(name, o, 3)
     }
 
+    /// q, and k where there is one, each with where its rotation goes.
+    #[allow(clippy::type_complexity)] // as the engines take them
+    pub fn pairs<'a>(
+        &self,
+        q: &'a Bound<'_, PyAny>,
+        k: Option<&'a Bound<'_, PyAny>>,
+        q_out: &'a Bound<'_, PyAny>,
+        k_out: Option<&'a Bound<'_, PyAny>>,
+    ) -> PyResult<Vec<(&'static str, TensorRef<'a>, TensorMut<'a>)>> {
+        let mut pairs = vec![("q", self.rows("q", q)?, self.rows_mut("q_out", q_out)?)];
+        match (k, k_out) {
+            (Some(k), Some(k_out)) => pairs.push(("k", self.rows("k", k)?, self.rows_mut("k_out", k_out)?)),
+            (None, None) => {}
+            _ => return Err(raise(Error::value("k_out", "k and k_out together", "only one of them"))),
+        }
+        Ok(pairs)
+    }
+
+    /// Partials: outs `[batch, heads, len, head_dim]` and lses `[batch, heads, len]`.
+    #[allow(clippy::type_complexity)] // as above
+    pub fn partials<'a>(
+        &self,
+        outs: &'a [Bound<'_, PyAny>],
+        lses: &'a [Bound<'_, PyAny>],
+    ) -> PyResult<(Vec<TensorRef<'a>>, Vec<TensorRef<'a>>)> {
+        let outs = outs.iter().enumerate().map(|(i, o)| self.rows(&format!("outs[{i}]"), o));
+        let outs = outs.collect::<PyResult<_>>()?;
+        let lses = lses.iter().enumerate().map(|(i, o)| self.sums(&format!("lses[{i}]"), o));
+        Ok((outs, lses.collect::<PyResult<_>>()?))
+    }
+
     /// Keys or values of a page, to read: a tensor, or `(codes, params)`.
     pub fn side<'a>(&self, name: &str, o: &'a Bound<'_, PyAny>, axis: Axis) -> PyResult<Side<'a>> {
         let Ok(pair) = o.cast::<PyTuple>() else { return Ok(Side::Dense(self.rows(name, o)?)) };
