@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -132,6 +133,11 @@ class Nvrtc:
 
     def compile(self, path: Path, arch: str, options: tuple[str, ...] = OPTIONS) -> Program:
         """A kernel file for one architecture; raises CompileError with the log."""
+        # NVRTC 12.4 leaves the locale of the thread that calls it at "C": not ours, where Python would read and write ASCII.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self._compile, path, arch, options).result()
+
+    def _compile(self, path: Path, arch: str, options: tuple[str, ...]) -> Program:
         parts = headers(path.parent)
         count = len(parts)
         names = (ctypes.c_char_p * count)(*[part.name.encode() for part in parts])

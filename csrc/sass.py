@@ -33,7 +33,9 @@ def opcodes(cubin: bytes, tool: Path) -> dict[str, Counter]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        listing = subprocess.run([str(tool), "--print-code", str(file)], capture_output=True, text=True, check=False)
+        listing = subprocess.run(
+            [str(tool), "--print-code", str(file)], capture_output=True, encoding="utf-8", check=False
+        )
     if listing.returncode != 0:
         raise RuntimeError(f"{tool}: {listing.stderr.strip()}")
     kernels: dict[str, Counter] = {}

@@ -162,7 +162,7 @@ def _gpu(torch: Any, cuda: dict[str, Any]) -> dict[str, Any]:
     if tool is not None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-            answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+            answer = subprocess.run(query, capture_output=True, encoding="utf-8", timeout=20, check=True)
             found["driver"] = answer.stdout.split("\n")[0].strip() or None
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -80,6 +80,25 @@ impl Nvrtc {
         arch: &str,
         options: &[String],
     ) -> Result<Compiled> {
+        // In a thread of its own: NVRTC 12.4 leaves the locale of the thread that calls it at "C" (uselocale), and Python would read and
+        // write ASCII from then on.
+        std::thread::scope(|scope| {
+            let there = std::thread::Builder::new()
+                .name("llama1m-nvrtc".into())
+                .spawn_scoped(scope, || self.compile_here(name, source, headers, arch, options))
+                .map_err(|e| failed(format!("{name}: no thread to compile it in: {e}")))?;
+            there.join().unwrap_or_else(|_| Err(failed(format!("{name} for {arch}: the compiler's thread panicked"))))
+        })
+    }
+
+    fn compile_here(
+        &self,
+        name: &str,
+        source: &str,
+        headers: &[(&str, &str)],
+        arch: &str,
+        options: &[String],
+    ) -> Result<Compiled> {
         // NVRTC may be called from several threads, but its loader of builtins is not worth trusting with it.
         static ONE: Mutex<()> = Mutex::new(());
         let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);

@@ -34,7 +34,7 @@ class BuildError(Exception):
 
 
 def run(command: list[str], text: str | None = None) -> str:
-    answer = subprocess.run(command, input=text, capture_output=True, text=True)
+    answer = subprocess.run(command, input=text, capture_output=True, encoding="utf-8")
     if answer.returncode != 0:
         raise BuildError(f"{' '.join(command)}\n{answer.stderr[-6000:]}")
     return answer.stdout
@@ -108,7 +108,7 @@ def check(family: str, csrc: Path = CSRC, level: str = "-O2") -> Path:
 def judged(program: Path) -> tuple[int, str, float]:
     """Runs a check: its status, what it said, and the seconds that it took."""
     start = time.monotonic()
-    answer = subprocess.run([str(program)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    answer = subprocess.run([str(program)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     return answer.returncode, answer.stdout, time.monotonic() - start
 
 

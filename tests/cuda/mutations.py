@@ -74,7 +74,7 @@ def judged(mutation: Mutation | str) -> tuple[bool, str]:
         except build.BuildError as error:
             return False, f"does not compile: {str(error)[-400:]}"
         try:
-            answer = subprocess.run([str(program), "quick"], capture_output=True, text=True, timeout=LIMIT)
+            answer = subprocess.run([str(program), "quick"], capture_output=True, encoding="utf-8", timeout=LIMIT)
             status = answer.returncode
             last = ((answer.stderr.strip() or answer.stdout.strip()).splitlines() or [""])[-1][:110]
         except subprocess.TimeoutExpired:

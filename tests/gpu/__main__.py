@@ -119,7 +119,7 @@ def supervise(section, args: argparse.Namespace, out: Path, environment: dict[st
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             start_new_session=True,
         )
         import threading
@@ -163,7 +163,7 @@ def write_results(out: Path) -> None:
 def fake_driver() -> dict[str, str]:
     """Builds the driver that runs kernels on the CPU; the environment by which children find it."""
     built = subprocess.run(
-        [sys.executable, "tests/cuda/build.py", "--driver"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "tests/cuda/build.py", "--driver"], cwd=ROOT, capture_output=True, encoding="utf-8"
     )
     if built.returncode != 0:
         raise SystemExit(f"tests/cuda/build.py --driver failed:\n{built.stdout}{built.stderr}")

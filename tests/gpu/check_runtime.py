@@ -218,7 +218,7 @@ def many_processes(machine: Machine, report: Report) -> None:
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
+                encoding="utf-8",
             )
             for _ in range(machine.size(8, 2))
         ]
@@ -229,6 +229,10 @@ def many_processes(machine: Machine, report: Report) -> None:
 
 def _python(script: str, **environment: str) -> str:
     answer = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+        [sys.executable, "-c", script],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        env={**os.environ, **environment},
     )
     return (answer.stdout if answer.returncode == 0 else answer.stdout + answer.stderr).strip()

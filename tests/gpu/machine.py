@@ -137,8 +137,10 @@ class Timing:
 def commit() -> str:
     """The commit of the tree that this runs from, "+" where it has changes; empty where there is no git."""
     try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, encoding="utf-8", check=True
+        )
+        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "")

@@ -67,7 +67,7 @@ def run(machine: Machine, report: Report) -> None:
             SMALL,
         ]
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=240)
+            answer = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=240)
         except subprocess.TimeoutExpired:
             report.check(f"compute-sanitizer {name}", False, "took more than 240 s")
             continue

@@ -56,7 +56,7 @@ def run_python() -> Callable[..., str]:
         answer = subprocess.run(
             [sys.executable, "-c", script],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=timeout,
             env={**os.environ, **environment},
         )

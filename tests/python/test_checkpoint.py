@@ -371,7 +371,9 @@ finally:
 
 
 def test_a_full_disk(tmp_path):
-    answer = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, encoding="utf-8", timeout=120
+    )
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.split()[-1] in ("mounted", "limited")
 
@@ -529,7 +531,7 @@ print(json.dumps({"kills": done, "rounds": rounds, "spared": spared, "whole": wh
 def test_kills_at_random_moments(tmp_path, name, past, kills):
     command = [sys.executable, "-c", KILLS, str(tmp_path), name, str(kills), str(past)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    answer = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=240, env=environment)
     assert answer.returncode == 0, answer.stderr
     found = json.loads(answer.stdout.splitlines()[-1])
     assert found["kills"] >= kills

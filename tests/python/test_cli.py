@@ -20,7 +20,7 @@ def call(*words: str):
 
 def python(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=120, env={**os.environ, **variables}
+        [sys.executable, *words], capture_output=True, encoding="utf-8", timeout=120, env={**os.environ, **variables}
     )
 
 

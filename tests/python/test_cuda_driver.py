@@ -27,7 +27,9 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(scope="session")
 def driver():
     """The path of libcuda.so.1; made only where its parts have changed."""
-    built = subprocess.run([sys.executable, str(BUILD), "--driver"], capture_output=True, text=True, timeout=1800)
+    built = subprocess.run(
+        [sys.executable, str(BUILD), "--driver"], capture_output=True, encoding="utf-8", timeout=1800
+    )
     assert built.returncode == 0, built.stderr
     return Path(built.stdout.splitlines()[-1]) / "libcuda.so.1"
 
@@ -40,7 +42,7 @@ def over(driver, tmp_path):
         answer = subprocess.run(
             [sys.executable, *command],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=timeout,
             cwd=HERE,
             env={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import locale
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,15 @@ def test_instructions(nvrtc: Nvrtc, nvdisasm: Path, name: str, arch: str):
 def test_the_same_source_makes_the_same_cubin(nvrtc: Nvrtc):
     first = compile_for(nvrtc, "merge.cu", "sm_80")
     assert nvrtc.compile(CSRC / "merge.cu", "sm_80").cubin == first.cubin
+
+
+def test_the_locale_is_left_alone(nvrtc: Nvrtc):
+    """NVRTC 12.4 leaves its thread in the C locale; Python's files would be ASCII from then on."""
+    before = locale.nl_langinfo(locale.CODESET)
+    nvrtc.compile(CSRC / "merge.cu", "sm_80")
+    assert locale.nl_langinfo(locale.CODESET) == before
+    _core.nvrtc_compile("merge.cu", "sm_80", nvrtc=str(nvrtc.path))
+    assert locale.nl_langinfo(locale.CODESET) == before
 
 
 def test_every_file_has_entries_of_its_own(nvrtc: Nvrtc):

@@ -32,7 +32,7 @@ def test_a_stub_of_the_driver(tmp_path, run_python):
     library = tmp_path / "libcuda.so.1"
     source = 'extern "C" int cuInit(unsigned) { return 0; }'
     command = [CXX, "-x", "c++", "-", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
-    subprocess.run(command, input=source, text=True, check=True)
+    subprocess.run(command, input=source, encoding="utf-8", check=True)
     said = run_python(
         f"import ctypes; ctypes.CDLL({str(library)!r}, mode=ctypes.RTLD_GLOBAL)\n"
         "import torch\n"
@@ -112,7 +112,7 @@ def test_both_sides_agree_on_parameters(tmp_path):
     program = '#include <cstddef>\n#include "params.h"\n' + "\n".join(asserts)
     command = [CXX, "-std=c++17", "-march=x86-64-v3", "-fsyntax-only", "-x", "c++", "-"]
     command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda'}"]
-    said = subprocess.run(command, input=program, capture_output=True, text=True)
+    said = subprocess.run(command, input=program, capture_output=True, encoding="utf-8")
     assert said.returncode == 0, said.stderr
     wrong = program.replace(f"== {ctypes.sizeof(structs['Attn'])}", "== 8", 1)
-    assert subprocess.run(command, input=wrong, capture_output=True, text=True).returncode != 0
+    assert subprocess.run(command, input=wrong, capture_output=True, encoding="utf-8").returncode != 0

@@ -275,7 +275,7 @@ def test_evaluation_finds_every_needle() -> None:
         [sys.executable, str(ROOT / "examples" / "eval_demo_model.py"), "--tokens", "3000", "--seed", "3"],
         check=True,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
     )
     assert "20 of 20 found" in done.stdout

@@ -18,7 +18,11 @@ WORDS = {"01_pipeline.py": [], "02_generate.py": [], "03_ops.py": ["3000"], "05_
 
 def run(script: str, *words: str) -> str:
     answer = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *words], capture_output=True, text=True, timeout=240, cwd=EXAMPLES
+        [sys.executable, str(EXAMPLES / script), *words],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+        cwd=EXAMPLES,
     )
     assert answer.returncode == 0, answer.stderr
     return answer.stdout

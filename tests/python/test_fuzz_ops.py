@@ -239,7 +239,7 @@ def run(code, **env):
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, **env},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
     )
 

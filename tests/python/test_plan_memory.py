@@ -61,7 +61,7 @@ def start(dtype: str, kv: str, tokens: int, chunk: int, batch: int = 1, threads:
     asked = {"dtype": dtype, "kv": kv, "tokens": tokens, "chunk": chunk, "batch": batch, "threads": threads}
     asked |= {"fields": FIELDS, "layers": LAYERS[dtype]}
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN, json.dumps(asked)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", RUN, json.dumps(asked)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     )
     shape = of_config(tiny_config(**FIELDS, num_hidden_layers=LAYERS[dtype]), dtype)
     work = Work(tokens, chunk=chunk, batch=batch, threads=threads)

@@ -48,7 +48,9 @@ def test_python_blocks_run_in_order(tmp_path):
         lines += code.replace(MODEL, str(checkpoint)).splitlines()
     script = tmp_path / "README.py"
     script.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    answer = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    answer = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, encoding="utf-8", timeout=240, cwd=tmp_path
+    )
     assert answer.returncode == 0, answer.stderr
     counted = re.search(r"Stats\(served=(\d+), stock=(\{.*?\})", answer.stdout)
     assert counted is not None, answer.stdout

@@ -374,7 +374,7 @@ def test_another_process_goes_on_from_it(model, tmp_path):
     read(model, asked[0])
     torch.save(asked[1], tmp_path / "ids.pt")
     words = [str(tmp_path / name) for name in ("kept", "ids.pt", "logits.pt")]
-    answer = subprocess.run([sys.executable, "-c", OTHER, *words], capture_output=True, text=True, timeout=120)
+    answer = subprocess.run([sys.executable, "-c", OTHER, *words], capture_output=True, encoding="utf-8", timeout=120)
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout) == 5 * CHUNK
     assert torch.equal(torch.load(tmp_path / "logits.pt"), want.logits)
@@ -423,7 +423,7 @@ assert size < 6 * 2 * 420 * 2 * 2 * 16 * 4, size
 def test_processes_share_a_folder(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MANY, str(tmp_path)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    answer = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=180, env=environment)
     assert answer.returncode == 0, answer.stderr
 
 
@@ -502,7 +502,9 @@ assert "this prompt is not remembered" in str(seen[0].message)
 
 
 def test_a_full_disk(tmp_path):
-    answer = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, encoding="utf-8", timeout=120
+    )
     assert answer.returncode == 0, answer.stderr
     assert not os.listdir(tmp_path)
 

@@ -82,7 +82,7 @@ def measure_stock(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
-            text=True,
+            encoding="utf-8",
             env={**os.environ, "LLAMA1M_DISABLE": "1"},
         )
         try:
