@@ -175,6 +175,43 @@ def plan(
     _write_json(json_file, made.to_dict())
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder with params.json, or with original/.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make; it must not be there.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Default: tokenizer.model in SRC.")] = None,
+    max_len: Annotated[int | None, typer.Option(min=1, help="Positions. Default: what it was trained for.")] = None,
+    theta: Annotated[float | None, typer.Option(help="Of the rotary embedding. Default: as in params.json.")] = None,
+    rope_factor: Annotated[float | None, typer.Option(help="Of scaled frequencies. Llama 3.1: 8, 3.2: 32.")] = None,
+    instruct: Annotated[bool, typer.Option("--instruct/--base", help="Trained to chat, or not.")] = True,
+    tied: Annotated[bool, typer.Option("--tied", help="The output is the embedding (Llama 3.2's small ones).")] = False,
+    shard_size: Annotated[str, typer.Option(help="Of a file of weights, about: 5GB.")] = "5GB",
+) -> None:
+    """An original Llama 3 checkpoint (consolidated.00.pth, params.json, tokenizer.model) to a folder of transformers'."""
+    from llama1m_ext import convert as converting
+
+    try:
+        made = converting.convert(
+            source,
+            destination,
+            tokenizer=tokenizer,
+            max_len=max_len,
+            theta=theta,
+            rope_factor=rope_factor,
+            instruct=instruct,
+            tied=tied,
+            shard_size=shard_size,
+        )
+    except (OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    config = made.config
+    typer.echo(
+        f"{destination}: {config['num_hidden_layers']} layers, {made.nbytes} bytes of {config['torch_dtype']} in "
+        f"{made.files} files, {config['max_position_embeddings']} positions, theta {config['rope_theta']:.0f}"
+    )
+
+
 CacheFile = Annotated[Path, typer.Argument(metavar="FILE", help="A file that LongCache.save wrote.")]
 
 

@@ -56,7 +56,9 @@ Entry = tuple[str, torch.dtype, tuple[int, ...], Iterable[Tensor]]
 """Of a tensor that is written: name, dtype, shape, and its elements in order, in contiguous parts of that dtype."""
 
 
-def write(path: str | os.PathLike[str], tensors: Iterable[Entry], metadata: Mapping[str, str]) -> None:
+def write(
+    path: str | os.PathLike[str], tensors: Iterable[Entry], metadata: Mapping[str, str], *, align: bool = True
+) -> None:
     """Writes a file, or replaces it: a kill at any moment leaves the old one or the new one.
 
     The parts are asked for one after the other, and written at once.
@@ -65,6 +67,7 @@ def write(path: str | os.PathLike[str], tensors: Iterable[Entry], metadata: Mapp
         path: the file; its folder must be there.
         tensors: what is in it.
         metadata: words beside them.
+        align: begin each tensor at a multiple of 64 bytes, with padding between, which other programs see as tensors.
 
     Raises:
         OSError: there is no room, or the folder can't be written to. The old file is as it was.
@@ -78,7 +81,7 @@ def write(path: str | os.PathLike[str], tensors: Iterable[Entry], metadata: Mapp
     places: list[tuple[int, Entry]] = []
     end = 0
     for name, dtype, shape, parts in entries:
-        if end % ALIGN:
+        if align and end % ALIGN:
             pad = ALIGN - end % ALIGN
             zeros = torch.zeros(pad, dtype=torch.uint8)
             header[f"{_PAD}.{end}"] = _described(torch.uint8, (pad,), end)

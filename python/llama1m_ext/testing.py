@@ -12,16 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .convert_tokenizer import CHAT_TEMPLATE
 from .formats import GROUP, Compact, Side, name_of, width
 
 SPREAD = 0.15
-CHAT_TEMPLATE = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-"""Llama-3-Instruct's own."""
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
