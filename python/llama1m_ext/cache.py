@@ -1,30 +1,34 @@
 """A KV cache in pages, for `generate()` and for you.
 
-`paged_layers` puts pages in the place of the layers of a `DynamicCache`, also of the one that `generate()` makes;
+`cache_layers` puts pages in the place of the layers of a `DynamicCache`, also of the one that `generate()` makes;
 `LongCache` is a `DynamicCache` that has them from the start.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .formats import KvFormat
 from .pages import PagedLayer, PageSize
 from .tokens import Maker, Seen
 
-__all__ = ["LongCache", "PagedLayer", "paged_layers"]
+if TYPE_CHECKING:
+    from .window import SlidingLayer
+
+__all__ = ["LongCache", "PagedLayer", "cache_layers"]
 
 
 class LongCache(DynamicCache):
     """A cache for long contexts, given as `past_key_values=` and handed from call to call.
 
-    `generate()` and the model use the same pages without being asked; this class is for a cache of your own.
+    `generate()` and the model use the same pages without being asked; this class is for a cache of your own. It keeps all
+    tokens, also of layers that see only a sliding window of them: it can be cut, saved and gone on with anywhere.
 
     Args:
         ddp_cache_data: pairs of keys and values, one for each layer, to begin with.
@@ -35,7 +39,7 @@ class LongCache(DynamicCache):
 
     Raises:
         TypeError, ValueError: a format that does not exist.
-        ValueError: the config has layers that are not full attention.
+        ValueError: the config has layers that are no attention.
     """
 
     def __init__(
@@ -53,8 +57,10 @@ class LongCache(DynamicCache):
         fixed = None if self.kv is None or self.kv == "auto" else KvFormat.parse(self.kv)
         self._fixed = fixed
         for i, layer in enumerate(self.layers):
-            if type(layer) is not DynamicLayer:
-                raise ValueError(f"config: expected full attention in every layer, got {layer!r} in layer {i}")
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise ValueError(
+                    f"config: expected attention, full or in a sliding window, in every layer, got {layer!r} in layer {i}"
+                )
             self.layers[i] = PagedLayer(page_size, fixed)
         for i, (keys, values, *_) in enumerate(ddp_cache_data or ()):
             self._fill(i + 1)
@@ -170,20 +176,31 @@ class LongCache(DynamicCache):
         self._seen.take_rows(indices)
 
 
-def paged_layers(cache: Any, n_layers: int, page_size: PageSize) -> list[PagedLayer] | str:
-    """The first `n_layers` layers of a cache, as pages from now on; or why this cache must be left alone.
+def cache_layers(
+    cache: Any, windows: Sequence[int | None], page_size: PageSize
+) -> list[PagedLayer | SlidingLayer] | str:
+    """The first layers of a cache, as pages from now on where they keep all tokens; or why this cache must be left alone.
 
     Nothing is copied: what is there becomes the first page.
+
+    Args:
+        windows: of each layer, how many keys a query sees; None: all before it.
     """
+    from .window import SlidingLayer
+
+    n_layers = len(windows)
     if type(cache) is not DynamicCache and not isinstance(cache, LongCache):
         return f"the cache is a {type(cache).__name__}"
     if getattr(cache, "offloading", False):
         return "the cache is offloaded"
     layers = cache.layers
-    for layer in layers[:n_layers]:
+    for layer, width in zip(layers, windows, strict=False):
         if type(layer) is PagedLayer:
             continue
-        if type(layer) is not DynamicLayer:
+        slides = type(layer) is DynamicSlidingWindowLayer
+        if slides and layer.sliding_window != width:
+            return f"the cache has a sliding window of {layer.sliding_window}, the model's layer one of {width}"
+        if type(layer) is not DynamicLayer and not slides:
             return f"the cache has a {type(layer).__name__}"
         if torch.is_grad_enabled() and layer.is_initialized and layer.keys is not None and layer.keys.requires_grad:
             return "gradients"
@@ -196,10 +213,15 @@ def paged_layers(cache: Any, n_layers: int, page_size: PageSize) -> list[PagedLa
             return f"the cache has {len(layers)} layers, the model {n_layers}"
     while len(layers) < n_layers:
         layers.append(PagedLayer(page_size))
+    found: list[PagedLayer | SlidingLayer] = []
     for i in range(n_layers):
+        if type(layers[i]) is DynamicSlidingWindowLayer:
+            found.append(SlidingLayer(layers[i]))
+            continue
         if type(layers[i]) is not PagedLayer:
             layers[i] = PagedLayer.adopt(layers[i], page_size)
         layers[i]._settle()
-    if any(layer.length != layers[0].length for layer in layers[:n_layers]):
+        found.append(layers[i])
+    if any(layer.length != found[0].length for layer in found):
         return "the cache's layers have different lengths"
-    return layers[:n_layers]
+    return found

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
-from transformers.models.llama import modeling_llama
 
-from . import _compat, cuda, offload, plan_call
-from .cache import PagedLayer, paged_layers
+from . import _compat, cuda, offload, plan_call, window
+from .cache import PagedLayer, cache_layers
 from .dense import Scratch
+from .families import Classes, classes_of
 from .formats import KvFormat
 from .intervals import ALL, Intervals, ends, from_mask, judged, misfit
 from .memory import available_bytes, free_bytes
 from .options import read as read_options
 from .placement import device_of, spread
 from .questions import Questions
-from .rope import Rope
+from .rope import Rope, Still
+from .window import SlidingLayer
 
 MARK = "_llama1m"
 """Our functions carry it, so that a module whose forward is another one is seen."""
@@ -28,7 +29,6 @@ KEEP = "_llama1m_keep"
 """Keyword from `LlamaForCausalLM.forward` to `LlamaModel.forward`: only the last so many positions will be looked at and
 get logits; 0: all."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NEVER = object()
 _KNOWN = {
     "input_ids",
     "attention_mask",
@@ -51,11 +51,14 @@ class Call:
     """What travels to the attention layers as `attention_mask`.
 
     Attributes:
-        model: the `LlamaModel`.
+        model: the `LlamaModel`, or that of another family.
+        kind: the family's classes.
         layers: its decoder layers.
+        windows: how many keys a query sees, of each layer; None: all before it.
         batch, q_len, past_len: shape of the call; `past_len` tokens are in the cache already.
         cache: what the layers get as `past_key_values`, or None.
-        pages: the cache's layers, or None.
+        cache_layers: what each layer's keys and values go to, or None.
+        pages: those of them that keep all of it in pages, or None.
         intervals: visible keys of each batch row.
         position_ids: int64 `[batch, q_len]` or `[1, q_len]`.
         ordinary: whether these are what they are by default; None: not looked at yet.
@@ -70,7 +73,9 @@ class Call:
         "_devices",
         "batch",
         "cache",
+        "cache_layers",
         "intervals",
+        "kind",
         "layers",
         "logits",
         "model",
@@ -84,14 +89,17 @@ class Call:
         "scratch",
         "served",
         "snapshots",
+        "windows",
     )
 
-    def __init__(self, model: Any, batch: int, q_len: int) -> None:
-        self.model, self.batch, self.q_len = model, batch, q_len
+    def __init__(self, model: Any, kind: Classes, batch: int, q_len: int) -> None:
+        self.model, self.kind, self.batch, self.q_len = model, kind, batch, q_len
         self.past_len = self.served = 0
         self.layers: list[Any] = []
         self.cache: Any = None
+        self.cache_layers: list[PagedLayer | SlidingLayer] | None = None
         self.pages: list[PagedLayer] | None = None
+        self.windows: list[int | None] = []
         self.snapshots: list[dict[str, Any]] = []
         self.scratch = Scratch()
         self.logits = False
@@ -117,7 +125,17 @@ class Call:
         if type(embeds) is not Tensor:
             raise NotServed(f"a tensor of type {type(embeds).__name__}")
         decide_format(self)
-        self.rope = Rope(self.model.rotary_emb, embeds, self.position_ids, self.layers[0].self_attn.head_dim)
+        head_dim = self.layers[0].self_attn.head_dim
+        self.rope = Rope(self.kind.module, self.model.rotary_emb, embeds, self.position_ids, head_dim)
+
+    def rope_of(self, attn: Any) -> Rope | Still:
+        """The rotation of an attention layer."""
+        return self.rope if getattr(attn, "use_rope", True) else Still()
+
+    @property
+    def slides(self) -> bool:
+        """Whether some of the cache's layers keep no more than a window."""
+        return self.cache_layers is not None and self.pages is not None and len(self.pages) < len(self.cache_layers)
 
     def skip(self, n: int) -> None:
         """The first n tokens of the call are in the cache already."""
@@ -151,14 +169,20 @@ class Call:
             found = self._bounds[device] = self.intervals.on(device)
         return found
 
-    def matrix(self, device: torch.device) -> Tensor | None:
+    def matrix(self, device: torch.device, layer_idx: int) -> Tensor | None:
         """The mask as a matrix, for a layer that must take the stock path after all."""
-        return self.intervals.matrix(self.q_len, self.past_len + self.q_len, self.past_len, device)
+        kv_len, width = self.past_len + self.q_len, self.windows[layer_idx]
+        mask = self.intervals.matrix(self.q_len, kv_len, self.past_len, device)
+        if width is None or kv_len <= width:
+            return mask
+        mask = window.matrix(mask, self.q_len, kv_len, self.past_len, width, device)
+        kept = self.cache_layers is not None and isinstance(self.cache_layers[layer_idx], SlidingLayer)
+        return mask[..., -(width - 1 + self.q_len) :] if kept else mask
 
     def rewind(self) -> None:
         """The call failed: the cache is what it was before."""
-        for page, snapshot in zip(self.pages or (), self.snapshots, strict=True):
-            page.restore(snapshot)
+        for layer, snapshot in zip(self.cache_layers or (), self.snapshots, strict=True):
+            layer.restore(snapshot)
 
 
 def decide_format(call: Call) -> None:
@@ -183,7 +207,9 @@ def decide_format(call: Call) -> None:
             if device.type == "cuda":
                 share = (storage.kv_memory or 0) * count // len(layers)
                 mine = [
-                    page for page, layer in zip(layers, call.layers, strict=True) if device_of(layer, device) == device
+                    page
+                    for page, layer in zip(call.cache_layers or (), call.layers, strict=True)
+                    if isinstance(page, PagedLayer) and device_of(layer, device) == device
                 ]
                 _keep_in(mine, functools.partial(_host_store, share, count))
     if call.q_len > 1 and layers and layers[0].store is not None:
@@ -216,7 +242,9 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
         model: a `LlamaModel`.
         given: its forward's arguments by name.
     """
-    config = model.config
+    config, kind = model.config, classes_of(model)
+    if kind is None:
+        return f"a {type(model).__name__}"
     implementation = config._attn_implementation
     if implementation != "sdpa":
         return f"attn_implementation={implementation!r}"
@@ -234,7 +262,7 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
     why = cuda.unserved(source.device)
     if why is not None:
         return why
-    call = Call(model, batch, q_len)
+    call = Call(model, kind, batch, q_len)
     if _compat.EXPLICIT in config.__dict__ and not call.options.replace_sdpa:
         return "attn_implementation='sdpa' was asked for by name"
     reason = _arguments(model, given) or _gradients(model, embeds) or _layers(call)
@@ -247,11 +275,12 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
     if cache is None and (config.use_cache if use_cache is None else use_cache):
         cache = DynamicCache(config=config)
     if cache is not None:
-        pages = paged_layers(cache, len(call.layers), call.options.page_size)
-        if isinstance(pages, str):
-            return pages
-        call.cache, call.pages, call.past_len = cache, pages, pages[0].length
-        call.snapshots = [page.snapshot() for page in pages]
+        layers = cache_layers(cache, call.windows, call.options.page_size)
+        if isinstance(layers, str):
+            return layers
+        call.cache, call.cache_layers, call.past_len = cache, layers, layers[0].length
+        call.pages = [layer for layer in layers if isinstance(layer, PagedLayer)]
+        call.snapshots = [layer.snapshot() for layer in layers]
     return _positions_and_mask(call, given, source.device) or call
 
 
@@ -291,17 +320,23 @@ def _layers(call: Call) -> str | None:
     if not layers:
         return "there are no layers"
     for layer in layers:
-        if type(layer) is not modeling_llama.LlamaDecoderLayer:
+        if type(layer) is not call.kind.decoder_layer:
             return f"a layer is a {type(layer).__name__}"
         if layer._compiled_call_impl is not None:
             return "a compiled layer"
         attn: Any = layer.self_attn
         if not is_ours(attn):
             return f"the forward of a {type(attn).__name__} is not ours"
-        if attn.training and attn.attention_dropout:
+        if attn.training and (attn.attention_dropout or getattr(attn, "residual_dropout", 0)):
             return "training with dropout"
     if not 8 <= layers[0].self_attn.head_dim <= 256:
         return f"head_dim {layers[0].self_attn.head_dim}"
+    try:
+        call.windows = [call.kind.window(call.model.config, i) for i in range(len(layers))]
+    except ValueError as e:
+        return str(e)
+    if any(width is not None and width < 2 for width in call.windows):
+        return f"a sliding window of {min(width for width in call.windows if width is not None)}"
     call.layers = layers
     return None
 
@@ -309,26 +344,31 @@ def _layers(call: Call) -> str | None:
 def own_forward(module: Any) -> Any:
     """A forward that hides the class's: the module's own attribute, or None.
 
-    transformers 4 leaves one behind after `output_hidden_states=True`, which does what the class's does: it is ignored.
+    transformers 4 leaves one behind after `output_hidden_states=True`, which does what the class's does: it is ignored,
+    also where it is of a time when our patch was off, or was put on before it was taken off and put on again.
     """
     own = module.__dict__.get("forward")
     if own is None or getattr(own, "__self__", None) is not module:
         return own
-    return None if own.__func__ is getattr(type(module), "forward", None) else own
+    return None if _bare(own.__func__) is _bare(getattr(type(module), "forward", None)) else own
+
+
+def _bare(forward: Any) -> Any:
+    """What ours was put in the place of; anything else is itself."""
+    return _bare(forward.__wrapped__) if hasattr(forward, MARK) else forward
 
 
 def is_ours(module: Any) -> bool:
     """Whether calling the module ends in our forward: by its class, or through accelerate's hook."""
     own = own_forward(module)
-    if own is None:
-        return hasattr(type(module).forward, MARK)
-    if "_hf_hook" in module.__dict__:
-        return hasattr(module.__dict__.get("_old_forward"), MARK)
-    if getattr(own, "__func__", None) is getattr(type(module).forward, "__wrapped__", _NEVER):
-        # The same leftover, from a time when our patch was off.
-        del module.__dict__["forward"]
-        return True
-    return False
+    if own is not None:
+        return "_hf_hook" in module.__dict__ and hasattr(module.__dict__.get("_old_forward"), MARK)
+    if not hasattr(type(module).forward, MARK):
+        return False
+    left = module.__dict__.get("forward")
+    if left is not None and not hasattr(left, MARK):
+        module.__dict__.pop("forward", None)  # transformers' own would be called
+    return True
 
 
 def _positions_and_mask(call: Call, given: Mapping[str, Any], device: torch.device) -> str | None:

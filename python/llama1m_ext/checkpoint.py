@@ -75,6 +75,9 @@ class Checkpoint:
         self._since, self._rate = time.monotonic(), RATE
         if call.options.checkpoint is None or len(call.layers) < 2:
             return
+        if call.slides:
+            _warn("no checkpoints of this prefill: layers of its cache keep no more than a sliding window")
+            return
         try:
             self._key = identity(call, ids, embeds)
         except (

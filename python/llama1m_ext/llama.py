@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda, offload, ops
+from . import cuda, offload, ops, window
 from .cache import PagedLayer
 from .call import DTYPES, MARK, Call
 from .formats import Page
+from .rope import Rope, Still
 from .stats import count
+from .window import SlidingLayer
 from .workspace import Workspace
 
 Forward = Callable[..., Any]
@@ -34,7 +36,7 @@ def attention_forward(original: Forward, owner: type) -> Forward:
         cache = kwargs.get("past_key_values")
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if not torch.compiler.is_compiling():
-            layer = None if cache is None else cache.layers[self.layer_idx]
+            layer = None if cache is None or call.cache_layers is None else call.cache_layers[self.layer_idx]
             out = attend(self, hidden_states, call, layer)
             if out is not None:
                 if layer is not None:
@@ -42,7 +44,7 @@ def attention_forward(original: Forward, owner: type) -> Forward:
                 return out, None
             count(call.model, stock="q, k and v have gradients or different dtypes", calls=1)
         # LoRA's gradients show only here, where the mask was made already: stock attention, with a matrix.
-        kwargs["attention_mask"] = call.matrix(hidden_states.device)
+        kwargs["attention_mask"] = call.matrix(hidden_states.device, self.layer_idx)
         kwargs["position_embeddings"] = call.rope.tables
         return original(self, *args, **kwargs)
 
@@ -51,7 +53,12 @@ def attention_forward(original: Forward, owner: type) -> Forward:
 
 
 def attend(
-    attn: Any, x: Tensor, call: Call, layer: PagedLayer | None, at: int = 0, space: Workspace | None = None
+    attn: Any,
+    x: Tensor,
+    call: Call,
+    layer: PagedLayer | SlidingLayer | None,
+    at: int = 0,
+    space: Workspace | None = None,
 ) -> Tensor | None:
     """Attention of x, tokens `at` to `at + n` of the call, to all keys so far and their own; o_proj included.
 
@@ -67,27 +74,35 @@ def attend(
     batch, n, _ = x.shape
     shape = (batch, n, -1, attn.head_dim)
     linear = _call if space is None else space.linear
-    q = linear("a", attn.q_proj, x).view(shape).transpose(1, 2)
-    k = linear("b", attn.k_proj, x).view(shape).transpose(1, 2)
+    q = normed(attn, "q_norm", linear("a", attn.q_proj, x).view(shape)).transpose(1, 2)
+    k = normed(attn, "k_norm", linear("b", attn.k_proj, x).view(shape)).transpose(1, 2)
     v = linear("c", attn.v_proj, x).view(shape).transpose(1, 2)
     if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and (layer is None or layer.fits(k, v))):
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return None
+    rope = call.rope_of(attn)
     if layer is None:
-        rotated, k = call.rope.apply(q, k, at=at)
+        rotated, k = rope.apply(q, k, at=at)
     else:
-        rotated = store(layer, q, k, v, call, at, None if space is None else q)
+        rotated = store(layer, q, k, v, rope, at, None if space is None else q)
     assert rotated is not None
     rotated = rotated.to(v.dtype)  # tables of somebody else's may be wider
-    bounds = call.bounds(x.device)
+    bounds, width = call.bounds(x.device), call.windows[attn.layer_idx]
     where: dict[str, Any] = {
         "softmax_scale": attn.scaling,
         "q_start": call.past_len + at,
         "kv_start": bounds.start,
         "kv_end": bounds.end,
     }
-    if layer is None:
+    out: Any
+    if isinstance(layer, SlidingLayer) or (width is not None and call.past_len + at + n > width):
+        assert width is not None
+        k, v = (k.to(v.dtype), v) if layer is None else window.last(layer, width - 1 + n)
+        gone = call.past_len + at + n - k.shape[2]  # keys that are not there any more, or not asked for
+        where = {name: None if where[name] is None else where[name] - gone for name in ("kv_start", "kv_end")}
+        out = window.attention(rotated, k, v, width, softmax_scale=attn.scaling, **where)
+    elif layer is None:
         out = ops.attention(rotated, k.to(v.dtype), v, **where)
     else:
         out = offload.attention(rotated, layer, **where)
@@ -99,18 +114,34 @@ def _call(name: str, module: Any, x: Tensor) -> Tensor:
     return module(x)
 
 
+def normed(attn: Any, name: str, x: Tensor) -> Tensor:
+    """x `[batch, n, heads, head_dim]` through the norm of that name over head_dim, which some families have."""
+    norm = getattr(attn, name, None)
+    return x if norm is None else norm(x)
+
+
 def store(
-    layer: PagedLayer, q: Tensor | None, k: Tensor, v: Tensor, call: Call, at: int, q_out: Tensor | None = None
+    layer: PagedLayer | SlidingLayer,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    rope: Rope | Still,
+    at: int,
+    q_out: Tensor | None = None,
 ) -> Tensor | None:
     """Rotates q and k, and appends k and v to the pages: k is rotated straight into them. Returns the rotated q.
 
     Args:
         q: `[batch, q_heads, n, head_dim]`, or None where nobody asks.
         k, v: `[batch, kv_heads, n, head_dim]`, tokens `at` to `at + n` of the call.
+        rope: how they are rotated.
         q_out: where the rotated q may go; may be q itself.
     """
-    slots, rope = layer.slots(k, v), call.rope
-    if len(slots) == 1 and cuda.serves(k) and rope.inv_freq is not None:
+    slots = [] if isinstance(layer, SlidingLayer) else layer.slots(k, v)
+    if isinstance(layer, SlidingLayer) or len(slots) != 1:
+        q, k = rope.apply(q, k, at=at, q_out=q_out)
+        layer.append(k.to(v.dtype), v)
+    elif cuda.serves(k) and isinstance(rope, Rope) and rope.inv_freq is not None:
         positions = rope.part(at, k.shape[2], k.device)
         if q is not None:
             q, _ = ops.rope_apply(q, None, positions, rope.inv_freq, attention_scaling=rope.scaling, q_out=q_out)
@@ -118,12 +149,9 @@ def store(
             k, v, Page(*slots[0]), 0, positions=positions, inv_freq=rope.inv_freq, attention_scaling=rope.scaling
         )
         layer.commit(k.shape[2])
-    elif len(slots) == 1:
+    else:
         k_slot, v_slot = slots[0]
         q, _ = rope.apply(q, k, k_out=k_slot, at=at, q_out=q_out)
         v_slot.copy_(v)
         layer.commit(k.shape[2])
-    else:
-        q, k = rope.apply(q, k, at=at, q_out=q_out)
-        layer.append(k, v)
     return q

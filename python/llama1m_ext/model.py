@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from . import _compat, patch, plan_call
+from . import _compat, families, patch, plan_call
 from .cache import LongCache
 from .call import KEEP, MARK, Call, NotServed, check_matrix_fits, is_ours, open_call
 from .prefill import is_long, layer_major
@@ -71,6 +71,7 @@ def model_forward(original: Forward, owner: type) -> Forward:
         return original(self, *args, **kwargs)
 
     setattr(forward, MARK, True)
+    families.register(owner)
     return forward
 
 
@@ -130,7 +131,11 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
         call.cache._note(whole if call.is_plain else None, call.past_len - taken)
     if shelf is not None and whole is not None:
         shelf.keep(call, whole, taken)
-    result = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=call.cache, hidden_states=states)
+    cache = call.cache
+    if not call.kind.family.returns_unused_cache:
+        used = given.get("use_cache")
+        cache = cache if (config.use_cache if used is None else used) else None
+    result = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
     as_dict = given.get("return_dict")
     as_dict = getattr(config, "return_dict", True) if as_dict is None else as_dict
     return result if as_dict else result.to_tuple()

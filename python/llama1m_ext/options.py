@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from . import families
+
 ATTRIBUTE = "_llama1m_options"
-LLAMA_MODULE = "transformers.models.llama.modeling_llama"
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,17 @@ def read(llama_model: Any) -> Options:
 
 
 def llama_models(model: Any) -> list[Any]:
-    """The `LlamaModel`s inside a model, a wrapper of one, or a pipeline."""
-    module = sys.modules.get(LLAMA_MODULE)
+    """The `LlamaModel`s (or those of another family that is switched on) inside a model, a wrapper of one, or a pipeline."""
     root: Any = model if hasattr(model, "modules") else getattr(model, "model", None)
-    if module is not None and hasattr(root, "modules"):
-        found = [m for m in root.modules() if isinstance(m, module.LlamaModel)]
+    if hasattr(root, "modules"):
+        found = [m for m in root.modules() if families.is_model(m)]
         if found:
             return found
+        for m in root.modules():
+            waiting = families.waiting(m)
+            if waiting is not None:
+                raise TypeError(
+                    f"model: {type(m).__name__} is left to transformers until you say "
+                    f'llama1m_ext.enable(families="{waiting.name}")'
+                )
     raise TypeError(f"model: expected a Llama of transformers, or something that holds one, got {type(model).__name__}")

@@ -69,29 +69,36 @@ class PagedLayer(SealedList, DynamicLayer):
     def values(self, value: Tensor | None) -> None:
         self._assign(self.keys, value)
 
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """All keys and values, as `keys` and `values`, in one go where they are compact.
+    def dense(self, start: int = 0) -> tuple[Tensor, Tensor]:
+        """All keys and values, as `keys` and `values`, in one go where they are compact; or those from a token on.
 
         Raises:
             ValueError: there are none.
         """
         self._settle()
-        if not self.length or self.kind is None:
-            raise ValueError("cache: expected at least one token, got none")
-        if all(map(is_dense, self.pages)):
+        if not 0 <= start < self.length or self.kind is None:
+            raise ValueError(f"cache: expected more than {start} tokens, got {self.length}")
+        if all(map(is_dense, self.pages)) and (not start or len(self.pages) == 1):
             keys, values = self.keys, self.values
             assert keys is not None and values is not None
-            return keys, values
+            return keys[:, :, start:], values[:, :, start:]
         kind, device = self.kind, self.kind.device
-        keys = torch.empty((*kind[:2], self.length, kind.k_dim), dtype=kind.k_dtype, device=device)
-        values = torch.empty((*kind[:2], self.length, kind.v_dim), dtype=kind.v_dtype, device=device)
-        at = 0
+        keys = torch.empty((*kind[:2], self.length - start, kind.k_dim), dtype=kind.k_dtype, device=device)
+        values = torch.empty((*kind[:2], self.length - start, kind.v_dim), dtype=kind.v_dtype, device=device)
+        at = -start
         for part in self._used(self.length):
+            if at + part.size <= 0:
+                at += part.size
+                continue
             page = loaded(part, device)
             step = page.size if is_dense(page) else _READ
-            for a in range(0, page.size, step):
+            first = max(0, -at)
+            for a in range(first, page.size, step):
                 b = min(a + step, page.size)
-                k, v = (page.k, page.v) if is_dense(page) else ops.kv_read(page, a, b, kind.k_dim, kind.k_dtype)
+                if is_dense(page):
+                    k, v = page.k[:, :, a:b], page.v[:, :, a:b]
+                else:
+                    k, v = ops.kv_read(page, a, b, kind.k_dim, kind.k_dtype)
                 keys[:, :, at + a : at + b] = k
                 values[:, :, at + a : at + b] = v
             at += page.size

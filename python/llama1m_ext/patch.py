@@ -13,12 +13,12 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_LLAMA = "transformers.models.llama.modeling_llama"
-_CONFIG = "transformers.models.llama.configuration_llama"
+from .families import FAMILIES, LLAMA, Family, named
+
 _TOKENIZER = "transformers.tokenization_utils_base"
 _NOTHING = object()
 
@@ -36,16 +36,25 @@ class Patch:
     maker: str
 
 
-TABLE = (
-    Patch(_LLAMA, "LlamaAttention", "forward", "llama:attention_forward"),
-    Patch(_LLAMA, "LlamaModel", "forward", "model:model_forward"),
-    Patch(_LLAMA, "LlamaForCausalLM", "forward", "model:causal_lm_forward"),
-    Patch(_LLAMA, "LlamaForCausalLM", "generate", "_compat:generate"),
-    Patch(_LLAMA, "LlamaPreTrainedModel", "set_attn_implementation", "_compat:set_attn_implementation"),
-    Patch(_CONFIG, "LlamaConfig", "_attn_implementation", "_compat:attn_implementation"),
-    Patch(_CONFIG, "LlamaConfig", "to_dict", "_compat:to_dict"),
-    Patch(_TOKENIZER, "BatchEncoding", "shape", "_compat:batch_encoding_shape"),
-)
+def of_family(family: Family) -> tuple[Patch, ...]:
+    """What is replaced of a family of models."""
+    modeling, configuration, prefix = family.modeling, family.configuration, family.prefix
+    return (
+        Patch(modeling, f"{prefix}Model", "forward", "model:model_forward"),
+        Patch(modeling, f"{prefix}Attention", "forward", "llama:attention_forward"),
+        Patch(modeling, f"{prefix}ForCausalLM", "forward", "model:causal_lm_forward"),
+        Patch(modeling, f"{prefix}ForCausalLM", "generate", "_compat:generate"),
+        Patch(modeling, f"{prefix}PreTrainedModel", "set_attn_implementation", "_compat:set_attn_implementation"),
+        Patch(configuration, f"{prefix}Config", "_attn_implementation", "_compat:attn_implementation"),
+        Patch(configuration, f"{prefix}Config", "to_dict", "_compat:to_dict"),
+    )
+
+
+TABLE = {
+    "llama": (*of_family(LLAMA), Patch(_TOKENIZER, "BatchEncoding", "shape", "_compat:batch_encoding_shape")),
+    **{family.name: of_family(family) for family in FAMILIES.values() if family is not LLAMA},
+}
+"""What is replaced, by what has to be switched on for it; "llama" is on from the start."""
 
 
 @dataclass
@@ -60,6 +69,8 @@ class _Applied:
 _lock = threading.RLock()
 _applied: list[_Applied] = []
 _enabled = False
+_on = ["llama"]
+"""The keys of the table that are switched on."""
 
 
 def is_enabled() -> bool:
@@ -67,17 +78,31 @@ def is_enabled() -> bool:
     return _enabled
 
 
-def enable() -> None:
-    """Makes Llama models use this package; importing it does this. Doing it twice is the same as once."""
+def enable(families: str | Iterable[str] = ()) -> None:
+    """Makes Llama models use this package; importing it does this. Doing it twice is the same as once.
+
+    Args:
+        families: other models to serve from now on, whose attention is Llama's: names out of `families.FAMILIES`, e.g.
+            "mistral" or ["qwen2", "qwen3"], or "all". They stay on, also through `disable()` and `enable()`.
+
+    Raises:
+        ValueError, TypeError: no such family, or one that this transformers does not have.
+    """
     global _enabled
+    wanted = [family.name for family in named(families)]
     with _lock:
         _enabled = True
+        _on.extend(name for name in wanted if name not in _on)
         if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _Finder())
-        for name in {patch.module for patch in TABLE}:
+        for name in {patch.module for patch in _patches()}:
             module = sys.modules.get(name)
             if module is not None and not getattr(module.__spec__, "_initializing", False):
                 _apply(module)
+
+
+def _patches() -> list[Patch]:
+    return [patch for name in _on for patch in TABLE[name]]
 
 
 def disable() -> None:
@@ -130,7 +155,7 @@ def patch_model(model: Any) -> int:
 
 def _apply(module: types.ModuleType) -> None:
     with _lock:
-        for patch in TABLE:
+        for patch in _patches():
             owner = getattr(module, patch.owner, None) if patch.module == module.__name__ else None
             if owner is None or any(done.patch is patch and done.owner is owner for done in _applied):
                 continue
@@ -151,7 +176,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if not any(patch.module == name for patch in TABLE):
+        if not any(patch.module == name for patch in _patches()):
             return None
         for finder in sys.meta_path:
             if isinstance(finder, _Finder) or not hasattr(finder, "find_spec"):

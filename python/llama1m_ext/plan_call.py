@@ -10,9 +10,10 @@ import torch
 from . import plan_bytes, plan_choice
 from .memory import address_space, available_bytes, free_bytes
 from .options import parse_bytes
-from .placement import chunk_len
+from .placement import chunk_len, device_of
 from .plan_bytes import Storage, Work
 from .plan_shape import SIZES, Shape, dtype_name, of_config
+from .weights import brought_bytes
 
 if TYPE_CHECKING:
     from .call import Call
@@ -144,6 +145,8 @@ def _reckoned(
     shape = of_config(call.model.config, dtype_name(dtype) if dtype in SIZES else "float32")
     if call.pages is None:
         shape = dataclasses.replace(shape, layers=1)  # one layer's pages, again and again
+    elif call.slides:  # what keeps no more than a window takes next to nothing
+        shape = dataclasses.replace(shape, layers=max(1, len(call.pages)))
     elif layers is not None and layers < shape.layers:
         shape = dataclasses.replace(shape, layers=layers)
     work = Work(
@@ -156,7 +159,9 @@ def _reckoned(
         logits=call.logits,
         gpu=device is not None and device.type == "cuda",
     )
-    used = shape.weight_bytes
+    used = shape.weight_bytes  # by arithmetic, here and in the plan: what is free now has those that stay off already
+    mine = [layer for layer in call.layers if device is None or device_of(layer, device) == device]
+    shape = dataclasses.replace(shape, brought=brought_bytes(mine, work.gpu))
     if not work.gpu:  # the kernels keep theirs from call to call
         used += work.threads * (plan_bytes.SCRATCH + plan_bytes.MATMUL)
     if call.past_len:

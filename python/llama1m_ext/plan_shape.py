@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .families import FAMILIES
+
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element of each dtype that the kernels know."""
 _ALIASES = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f16": "float16", "fp16": "float16"}
@@ -21,7 +23,8 @@ class Shape:
         tied: whether logits are made with the embeddings' weights.
         dtype: "float32", "bfloat16" or "float16".
         biases: elements of biases.
-        loaded: bytes of a real model's parameters; None: there is only a config.
+        loaded: bytes of a real model's parameters in memory; None: there is only a config.
+        brought: bytes of weights that come from a file, or to a GPU, for one layer at a time: of the largest.
     """
 
     layers: int
@@ -35,6 +38,7 @@ class Shape:
     dtype: str
     biases: int = 0
     loaded: int | None = None
+    brought: int = 0
 
     @property
     def size(self) -> int:
@@ -64,7 +68,12 @@ class Shape:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights: a real model's own, else by arithmetic."""
+        """Bytes of all weights that are in memory at a time: a real model's own, else by arithmetic."""
+        return self.resident_bytes + self.brought
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of those that stay."""
         return self.parameters * self.size if self.loaded is None else self.loaded
 
     @property
@@ -148,8 +157,10 @@ def of_config(config: Any, dtype: Any = None) -> Shape:
         ValueError: another kind of model, or a size is missing.
     """
     kind = getattr(config, "model_type", None)
-    if kind != "llama":
-        raise ValueError(f'model: expected a Llama (model_type "llama"), got {kind!r}')
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"model: expected a Llama or another model of {', '.join(FAMILIES)} (model_type), got {kind!r}"
+        )
     for name in _FIELDS:
         value = getattr(config, name, None)
         if not isinstance(value, int) or value < 1:
@@ -158,7 +169,9 @@ def of_config(config: Any, dtype: Any = None) -> Shape:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     biases = 0
-    if getattr(config, "attention_bias", False):
+    if kind == "qwen2":  # always, and only these three
+        biases += config.num_hidden_layers * (heads + 2 * kv_heads) * head_dim
+    elif getattr(config, "attention_bias", False):
         biases += config.num_hidden_layers * ((heads + 2 * kv_heads) * head_dim + config.hidden_size)
     if getattr(config, "mlp_bias", False):
         biases += config.num_hidden_layers * (2 * config.intermediate_size + config.hidden_size)
@@ -183,7 +196,7 @@ def of_model(llama_model: Any, outer: Any = None, dtype: Any = None) -> Shape:
     """The sizes of a `LlamaModel`.
 
     Args:
-        outer: what holds it; its parameters are counted, each memory once. None: not needed.
+        outer: what holds it; its weights are counted, each memory once. None: not needed.
         dtype: of the hidden states; None: the model's.
     """
     import dataclasses
@@ -191,12 +204,10 @@ def of_model(llama_model: Any, outer: Any = None, dtype: Any = None) -> Shape:
     shape = of_config(llama_model.config, llama_model.dtype if dtype is None else dtype)
     if outer is None:
         return shape
-    sizes = {}
-    for tensor in [*outer.parameters(), *outer.buffers()]:
-        sizes[tensor.data_ptr() if tensor.device.type != "meta" else id(tensor)] = (
-            tensor.numel() * tensor.element_size()
-        )
-    return dataclasses.replace(shape, loaded=sum(sizes.values()))
+    from .weights import bytes_of
+
+    held, brought = bytes_of(outer, llama_model.layers)
+    return dataclasses.replace(shape, loaded=held, brought=brought)
 
 
 def _with_dtype(shape: Shape, dtype: Any) -> Shape:

@@ -2,7 +2,7 @@
 
 Beside weights and KV pages, the hidden states (one buffer, updated in place) and one chunk's activations are all that
 lives. Norms, projections, rotation, attention and MLP all run chunk by chunk. Where layers are on several GPUs, the hidden
-states go from one to the next together.
+states go from one to the next together; a layer that accelerate keeps elsewhere is brought once, for all its chunks.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
-from transformers.models.llama import modeling_llama
 
 from . import _compat, llama, plan_call
 from .cache import PagedLayer
 from .call import Call, NotServed, own_forward
 from .checkpoint import Checkpoint
-from .placement import chunk_len, device_of, only_moves
+from .placement import chunk_len, device_of
 from .progress import Pace, Progress
+from .weights import hooks_of, loaded, only_brings
+from .window import SlidingLayer
 from .workspace import Workspace
-
-_STOCK_LAYER_FORWARD = modeling_llama.LlamaDecoderLayer.forward
 
 
 def is_long(call: Call, embeds: Tensor | None) -> bool:
@@ -80,49 +79,61 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
             hidden.copy_(embeds)
         else:
             hidden[:, :chunk] = first
-            for a, b in _chunks(chunk, n, chunk):
-                hidden[:, a:b] = model.embed_tokens(ids[:, a:b])  # type: ignore[index]  # one of the two is given
+            if n > chunk:
+                _embed(model.embed_tokens, ids[:, chunk:], hidden[:, chunk:], chunk)  # type: ignore[index]  # one is given
         del first
         for i, layer in enumerate(call.layers[done:], done):
             hidden = hidden.to(device_of(layer, hidden.device))
-            if call.pages is None:
+            page: PagedLayer | SlidingLayer
+            if call.cache_layers is None:
                 page = scratch
-                page.length = 0  # the same memory again
+                scratch.length = 0  # the same memory again
             else:
-                page = call.pages[i]
+                page = call.cache_layers[i]
             page.expect(call.past_len + n, call.scratch)
             silent = n - keep if i == len(call.layers) - 1 else 0
             if silent:
                 space = Workspace()  # less is needed now, and all pages are there
-            for a, b in _chunks(0, silent, chunk):
-                # Nobody will look at these positions of the last layer: their keys and values are all that matters.
-                _keys_only(layer, hidden[:, a:b], call, page, a, space)
-                pace.step(cost.keys(b - a), hidden.device)
-            for a, b in _chunks(silent, n, chunk):
-                _layer(layer, hidden[:, a:b], call, page, a, space)
-                pace.step(cost.chunk(a, b), hidden.device)
+            with loaded(layer):
+                for a, b in _chunks(0, silent, chunk):
+                    # Nobody will look at these positions of the last layer: their keys and values are all that matters.
+                    _keys_only(layer, hidden[:, a:b], call, page, a, space)
+                    pace.step(cost.keys(b - a), hidden.device)
+                for a, b in _chunks(silent, n, chunk):
+                    _layer(layer, hidden[:, a:b], call, page, a, space)
+                    pace.step(cost.chunk(a, b), hidden.device)
             page.seal()
             checkpoint.layer_done(i, hidden)
         pace.finish()
         if keep < n:
             return model.norm(hidden[:, n - keep :])
         out = hidden = hidden.to(device_of(model.norm, hidden.device))
-        for a, b in _chunks(0, n, chunk):
-            normed = model.norm(hidden[:, a:b])
-            if normed.dtype != out.dtype:
-                out = hidden.to(normed.dtype)
-            out[:, a:b] = normed
+        with loaded(model.norm):
+            for a, b in _chunks(0, n, chunk):
+                normed = model.norm(hidden[:, a:b])
+                if normed.dtype != out.dtype:
+                    out = hidden.to(normed.dtype)
+                out[:, a:b] = normed
         return out
 
 
-def _layer(layer: Any, hidden: Tensor, call: Call, page: PagedLayer, at: int, space: Workspace) -> None:
+def _embed(table: Any, ids: Tensor, hidden: Tensor, chunk: int) -> None:
+    """Embeddings of ids `[batch, n]`, into hidden `[batch, n, hidden]`."""
+    ids = ids.to(device_of(table, ids.device))
+    with loaded(table):
+        for a, b in _chunks(0, ids.shape[1], chunk):
+            hidden[:, a:b] = table(ids[:, a:b])
+
+
+def _layer(layer: Any, hidden: Tensor, call: Call, page: PagedLayer | SlidingLayer, at: int, space: Workspace) -> None:
     """A decoder layer over one chunk, `[batch, n, hidden]`, updated in place."""
     out = llama.attend(layer.self_attn, space.norm("x", layer.input_layernorm, hidden), call, page, at, space)
     if out is None:
         raise NotServed("q, k and v have gradients or different dtypes")
     _add(hidden, out)
     del out
-    _add(hidden, space.mlp(layer.mlp, space.norm("x", layer.post_attention_layernorm, hidden)))
+    x = space.norm("x", layer.post_attention_layernorm, hidden)
+    _add(hidden, space.mlp(layer.mlp, x) if call.kind.family.plain_mlp else layer.mlp(x))
 
 
 def _add(hidden: Tensor, out: Tensor) -> None:
@@ -131,15 +142,17 @@ def _add(hidden: Tensor, out: Tensor) -> None:
     hidden.add_(out)
 
 
-def _keys_only(layer: Any, hidden: Tensor, call: Call, page: PagedLayer, at: int, space: Workspace) -> None:
+def _keys_only(
+    layer: Any, hidden: Tensor, call: Call, page: PagedLayer | SlidingLayer, at: int, space: Workspace
+) -> None:
     attn = layer.self_attn
     x = space.norm("x", layer.input_layernorm, hidden)
     shape = (*x.shape[:2], -1, attn.head_dim)
-    k = space.linear("b", attn.k_proj, x).view(shape).transpose(1, 2)
+    k = llama.normed(attn, "k_norm", space.linear("b", attn.k_proj, x).view(shape)).transpose(1, 2)
     v = space.linear("c", attn.v_proj, x).view(shape).transpose(1, 2)
     if k.dtype != v.dtype or not page.fits(k, v) or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
         raise NotServed("q, k and v have gradients or different dtypes")
-    llama.store(page, None, k, v, call, at)
+    llama.store(page, None, k, v, call.rope_of(attn), at)
 
 
 def _chunks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
@@ -159,10 +172,9 @@ def watched(call: Call) -> bool:
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
     for layer in call.layers:
-        # A hook of accelerate's around a whole layer may load its weights once; ours would call past it.
-        if type(layer).forward is not _STOCK_LAYER_FORWARD or not _is_open(layer) or not _is_open(layer.self_attn):
+        if type(layer).forward is not call.kind.layer_forward or not _is_open(layer) or not _is_open(layer.self_attn):
             return True
-        if type(layer.mlp) is not modeling_llama.LlamaMLP:
+        if type(layer.mlp) is not call.kind.mlp:
             return True
     for top in (call.model.embed_tokens, call.model.norm, *call.layers):
         for module in top.modules():
@@ -170,14 +182,14 @@ def watched(call: Call) -> bool:
                 return True
             if not all(_compat.is_capturing_hook(hook) for hook in module._forward_hooks.values()):
                 return True
-            if "_hf_hook" not in module.__dict__ and own_forward(module) is not None:
+            if hooks_of(module) is None or ("_hf_hook" not in module.__dict__ and own_forward(module) is not None):
                 return True
     return False
 
 
 def _is_open(module: Any) -> bool:
     """Whether nothing is lost where a module's parts are called past its own forward."""
-    return own_forward(module) is None or only_moves(module)
+    return own_forward(module) is None or only_brings(module)
 
 
 class Cost:

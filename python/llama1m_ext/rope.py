@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llama import modeling_llama
 
 from . import _compat, ops
+from .families import classes_of
 
 ATTRIBUTE = "_llama1m_inv_freq"
-_STOCK_FORWARD = modeling_llama.LlamaRotaryEmbedding.forward
-_STOCK_APPLY = modeling_llama.apply_rotary_pos_emb
 
 
 class Rope:
@@ -26,16 +24,17 @@ class Rope:
     Unpacked as `cos, sin = rope`, it makes the tables as transformers does, for layers that don't know us.
 
     Args:
+        module: transformers' module of the model's family, whose function applies tables.
         rotary: the model's rotary module.
         like: hidden states, or a part of them, of which device and dtype matter.
         position_ids: int64 `[batch, len]` or `[1, len]`.
         head_dim: of q and k.
     """
 
-    __slots__ = ("_elsewhere", "_tables", "inv_freq", "like", "positions", "rotary", "scaling")
+    __slots__ = ("_elsewhere", "_tables", "inv_freq", "like", "module", "positions", "rotary", "scaling")
 
-    def __init__(self, rotary: Any, like: Tensor, position_ids: Tensor, head_dim: int) -> None:
-        self.rotary, self.like, self.positions = rotary, like, position_ids
+    def __init__(self, module: Any, rotary: Any, like: Tensor, position_ids: Tensor, head_dim: int) -> None:
+        self.module, self.rotary, self.like, self.positions = module, rotary, like, position_ids
         self.inv_freq: Tensor | None = None
         self.scaling = 1.0
         self._tables: tuple[Tensor, Tensor] | None = None
@@ -74,7 +73,7 @@ class Rope:
             cos, sin = (table.to(k.device) for table in self.tables)
             if n != cos.shape[1]:
                 cos, sin = cos[:, at : at + n], sin[:, at : at + n]
-            q, k = modeling_llama.apply_rotary_pos_emb(k if q is None else q, k, cos, sin)
+            q, k = self.module.apply_rotary_pos_emb(k if q is None else q, k, cos, sin)
             return q, k if k_out is None else k_out.copy_(k)
         positions = self.part(at, n, k.device)
         if q is None:
@@ -97,17 +96,30 @@ class Rope:
         return positions if n == positions.shape[1] else positions[:, at : at + n]
 
 
+class Still:
+    """What `Rope` is to a layer that rotates nothing (SmolLM3 has some)."""
+
+    inv_freq = None
+
+    def apply(
+        self, q: Tensor | None, k: Tensor, k_out: Tensor | None = None, at: int = 0, q_out: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """q and k as they are; k copied where it should go."""
+        return q, k if k_out is None else k_out.copy_(k)
+
+
 def frequencies(rotary: Any, position_ids: Tensor) -> tuple[Tensor, float] | None:
     """inv_freq, float64 `[rotary_dim / 2]` on the CPU, and the factor of cos and sin, for these positions.
 
     None where the module is not transformers' own, or somebody replaced the function that applies it: then the tables
     that they make are used.
     """
-    kind = type(rotary)
+    kind = classes_of(rotary)
     if (
-        kind is not modeling_llama.LlamaRotaryEmbedding
-        or kind.forward is not _STOCK_FORWARD
-        or modeling_llama.apply_rotary_pos_emb is not _STOCK_APPLY
+        kind is None
+        or type(rotary) is not kind.rotary
+        or type(rotary).forward is not kind.rotary_forward
+        or kind.module.apply_rotary_pos_emb is not kind.apply_rotary
         or ("forward" in rotary.__dict__ and "_hf_hook" not in rotary.__dict__)
         or rotary._forward_hooks
         or rotary._forward_pre_hooks
@@ -117,7 +129,7 @@ def frequencies(rotary: Any, position_ids: Tensor) -> tuple[Tensor, float] | Non
     if "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
         # transformers updates inv_freq in forward, by the largest position: the same update, for one position.
         last = position_ids.max().view(1, 1)
-        _STOCK_FORWARD(rotary, torch.empty(0, device=position_ids.device), last)
+        kind.rotary_forward(rotary, torch.empty(0, device=position_ids.device), last)
         length = int(last) + 1
     buffer = rotary.inv_freq
     if buffer.device.type == "meta":

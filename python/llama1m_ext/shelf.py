@@ -240,7 +240,15 @@ class Shelf:
 def shelf_of(call: Call, ids: Tensor | None) -> Shelf | None:
     """Where the prompt of this call is kept, or None: it is not one that can be."""
     folder = call.options.remember
-    if folder is None or call.past_len or ids is None or not call.pages or call.batch != 1 or call.q_len < LEAST:
+    if (
+        folder is None
+        or call.past_len
+        or ids is None
+        or not call.pages
+        or call.slides
+        or call.batch != 1
+        or call.q_len < LEAST
+    ):
         return None
     if not call.is_plain or watched(call) or torch.is_autocast_enabled(ids.device.type):
         return None

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from llama1m_ext import LongCache
-from llama1m_ext.cache import PagedLayer, paged_layers
+from llama1m_ext.cache import PagedLayer, cache_layers
 
 CROP_TAKES_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 HEADS, HEAD_DIM = 2, 4
@@ -241,11 +241,24 @@ def test_cache_from_pairs_of_keys_and_values(filled):
     assert torch.equal(again.layers[1].values, filled.layers[1].values)
 
 
-def test_sliding_layers_are_refused():
+def test_layers_with_a_window_keep_everything_and_others_are_refused(monkeypatch):
     from transformers import MistralConfig
 
-    with pytest.raises(ValueError, match="full attention"):
-        LongCache(config=MistralConfig(sliding_window=16, num_hidden_layers=2))
+    config = MistralConfig(num_hidden_layers=2, sliding_window=16)
+    cache = LongCache(config=config)
+    for i in range(2):
+        cache.update(*new_tokens(1, 40, i), i)
+    assert all(type(layer) is PagedLayer and layer.length == 40 for layer in cache.layers)
+
+    class Recurrent:
+        """What a model that is no attention has in its cache."""
+
+    init = DynamicCache.__init__
+    monkeypatch.setattr(
+        DynamicCache, "__init__", lambda self, **k: (init(self, **k), self.layers.append(Recurrent()))[0]
+    )
+    with pytest.raises(ValueError, match=r"full or in a sliding window, in every layer, got .*Recurrent.* in layer 2"):
+        LongCache(config=config)
 
 
 def test_a_dynamic_cache_is_adopted_without_copying():
@@ -254,7 +267,7 @@ def test_a_dynamic_cache_is_adopted_without_copying():
         cache.update(*new_tokens(1, 10, i), i)
     keys = cache.layers[1].keys
     before = keys.clone()
-    layers = paged_layers(cache, 2, "auto")
+    layers = cache_layers(cache, [None, None], "auto")
     assert layers[1].pages[0].k.data_ptr() == keys.data_ptr()
     layers[1].truncate(4)
     layers[1].append(*new_tokens(1, 3, 9))
@@ -277,4 +290,4 @@ def test_foreign_caches_are_left_alone(make):
             cache.update(*new_tokens(1, 10 + (i if make == "uneven" else 0), i), i)
     if make == "quantised layer":
         cache.layers[1] = type("Other", (DynamicLayer,), {})()
-    assert isinstance(paged_layers(cache, 2, "auto"), str)
+    assert isinstance(cache_layers(cache, [None, None], "auto"), str)

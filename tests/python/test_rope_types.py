@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import llama1m_ext
@@ -61,7 +62,7 @@ def test_rotation_of_each_type(kind):
     for first, n in ((0, 20), (40, 60), (190, 40), (200, 1), (0, 10)):
         positions = torch.arange(first, first + n)[None]
         q, k = torch.randn(1, 4, n, 16, generator=generator), torch.randn(1, 2, n, 16, generator=generator)
-        rope = Rope(ours, torch.zeros(1), positions, 16)
+        rope = Rope(modeling_llama, ours, torch.zeros(1), positions, 16)
         assert rope.inv_freq is not None
         got = rope.apply(q, k)
         cos, sin = in_float64(theirs, positions)
@@ -97,7 +98,7 @@ def test_positions_near_a_million():
     rotary = LlamaRotaryEmbedding(testing.tiny_config(rope_theta=2.804339835e9))
     positions = torch.tensor([[0, 1, 1023, 1_048_575]])
     q = torch.ones(1, 1, 4, 16)
-    got, _ = Rope(rotary, q, positions, 16).apply(q, q)
+    got, _ = Rope(modeling_llama, rotary, q, positions, 16).apply(q, q)
     want, _ = apply_rotary_pos_emb(q.double(), q.double(), *in_float64(rotary, positions))
     torch.testing.assert_close(got.double(), want, rtol=3e-7, atol=3e-7)
 
