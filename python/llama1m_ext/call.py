@@ -40,6 +40,7 @@ _KNOWN = {
     "output_attentions",
     "output_hidden_states",
     "return_dict",
+    "token_type_ids",  # which tokenizers make for pipelines of 4.57, and Llama's layers ignore
 }
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -44,11 +45,10 @@ class Family:
 
     @property
     def is_known(self) -> bool:
-        """Whether this transformers has it."""
-        try:
-            return self.modeling in sys.modules or importlib.util.find_spec(self.modeling) is not None
-        except ModuleNotFoundError:
-            return False
+        """Whether this transformers has it. Nothing is imported to find out."""
+        spec = importlib.util.find_spec("transformers")
+        folders = [] if spec is None else spec.submodule_search_locations or []
+        return any(Path(at, "models", self.name, f"modeling_{self.name}.py").is_file() for at in folders)
 
 
 LLAMA = Family("llama", "Llama", returns_unused_cache=True)
