@@ -271,7 +271,7 @@ def test_plan():
     found = llama1m_ext.plan(mistral, tokens=100_000)
     assert "100,000" in str(found) or "100000" in str(found)
     config = transformers.BertConfig()
-    with pytest.raises(ValueError, match="expected a Llama or another model of .*mistral.* got 'bert'"):
+    with pytest.raises(ValueError, match=r"expected a Llama or another model of .*mistral.* got 'bert'"):
         llama1m_ext.plan(config, tokens=10)
 
 
