@@ -246,6 +246,35 @@ def test_a_call_that_fails_leaves_the_cache(name, monkeypatch):
     torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("name", [name for name in HERE if name in SLIDES])
+def test_gradients_that_show_only_in_the_attention(name):
+    """As LoRA's in a frozen base: stock's attention then, with a matrix of the window that fits what its cache keeps."""
+    model = made(name, slides=True).requires_grad_(False)
+    ids, scale = testing.random_ids(1, 40), torch.ones((), requires_grad=True)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    for make in (lambda: None, lambda: DynamicCache(config=model.config)):
+        cache = make()
+        if cache is not None:
+            with torch.no_grad():
+                model(ids[:, :25], past_key_values=cache, attention_mask=mask[:, :25])
+        handles = [
+            layer.self_attn.q_proj.register_forward_hook(lambda *a: a[-1] * scale) for layer in model.model.layers
+        ]
+        start = 25 if cache is not None else 0
+        got = model(ids[:, start:], past_key_values=cache, attention_mask=mask).logits
+        for handle in handles:
+            handle.remove()
+        with stock(), torch.no_grad():
+            want = model(ids, attention_mask=mask).logits[:, start:]
+        seen = mask[:, start:].bool()
+        torch.testing.assert_close(got[seen], want[seen], rtol=2e-4, atol=2e-4)
+        scale.grad = None
+        got.sum().backward()
+        assert scale.grad is not None
+        assert scale.grad != 0
+
+
 def test_what_needs_all_keys_says_so(tmp_path):
     model = made("mistral", slides=True)
     llama1m_ext.set_options(model, chunk=100, checkpoint=tmp_path / "on", remember=tmp_path / "shelf")
