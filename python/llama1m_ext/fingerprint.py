@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import weights
 from .stored import as_bytes, checksums
+from .weights import STOCK, Far
 
 _CONFIG = (
     "model_type",
@@ -31,7 +34,6 @@ _CONFIG = (
 )
 # Attributes of transformers' own modules that decide what they compute; all plain ones of other modules count.
 _ATTRIBUTES = ("scaling", "variance_epsilon", "attention_scaling", "rope_type")
-_STOCK = ("torch.nn.modules.", "transformers.models.llama.", "transformers.activations")
 _RUNS, _RUN = 16, 64 << 10
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -99,36 +101,62 @@ def identity(model: Any) -> Identity:
 
     All weights are read once for each model object: two models may differ in a few rows only. After that, 16 runs of
     64 KiB of each tensor are read each time, which takes some 20 ms for a model of 8B: whoever changes weights in
-    place behind torch's back (`.data`) leaves no trace but that.
+    place behind torch's back (`.data`) leaves no trace but that. Of weights in files, which accelerate's hooks bring,
+    the files' times are looked at.
 
     Raises:
-        ValueError: weights that are not in memory.
+        ValueError: weights that are nowhere, or that can't be compared.
     """
-    tensors = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **{name: b for name, b in model.named_buffers(remove_duplicate=False) if "inv_freq" not in name},
-    }
-    for name, tensor in tensors.items():
-        if tensor.device.type == "meta":
+    found = {name: (module, at, weight) for name, module, at, weight in weights.parts(model) if "inv_freq" not in name}
+    for name, (_, _, weight) in found.items():
+        if isinstance(weight, Tensor) and weight.device.type == "meta":
             raise ValueError(f"model: expected weights in memory, but {name} is not")
-    state = tuple(zip(map(_state, tensors.values()), checksums(map(_sample, tensors.values())), strict=True))
-    before, weights = _known.get(model, ((), ""))
+    memory = [tensor for module, at, weight in found.values() for tensor in _near(module, at, weight)]
+    files = {weight.file() for _, _, weight in found.values() if isinstance(weight, Far)} - {None}
+    state = (
+        *zip(map(_state, memory), checksums(map(_sample, memory)), strict=True),
+        *((file, _stamp(str(file))) for file in sorted(files, key=str)),
+    )
+    before, digits = _known.get(model, ((), ""))
     if before != state:
         digest = hashlib.blake2b(digest_size=16)
-        sums = dict(zip(tensors, checksums(map(_memory, tensors.values())), strict=True))
-        for name in sorted(tensors):
-            tensor = tensors[name]
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {sums[name]:016x}\n".encode())
-        weights = digest.hexdigest()
-        _known[model] = state, weights
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
+        lines: list[str] = []
+
+        def all_of_them() -> Iterator[Tensor]:
+            for name in sorted(found):
+                module, at, weight = found[name]
+                now = weight.load() if isinstance(weight, Far) else weight
+                said = weights.words(now)
+                for part, tensor in weights.canonical(module, at, now):
+                    lines.append(f"{name.removesuffix(at)}{part} {said}{tensor.dtype} {tuple(tensor.shape)}")
+                    yield _memory(tensor)
+
+        for total, line in zip(checksums(all_of_them()), lines, strict=True):
+            digest.update(f"{line} {total:016x}\n".encode())
+        digits = digest.hexdigest()
+        _known[model] = state, digits
+    dtypes = {(weight.empty if isinstance(weight, Far) else weight).dtype for _, _, weight in found.values()}
     return Identity(
         config={name: _plain(getattr(model.config, name, None)) for name in _CONFIG},
         rope=_rope(model),
         modules=_modules(model),
-        dtype=" ".join(dtypes),
-        weights=weights,
+        dtype=" ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        weights=digits,
     )
+
+
+def _near(module: Any, at: str, weight: Tensor | Far) -> list[Tensor]:
+    """Tensors in memory that hold a weight: none, where it is in a file."""
+    if isinstance(weight, Far):
+        if weight.file() is not None:
+            return []
+        weight = weight.load()
+    return [tensor for _, tensor in weights.tensors(module, at, weight)]
+
+
+def _stamp(file: str) -> tuple[int, ...]:
+    status = os.stat(file)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def fingerprint(model: Any) -> str:
@@ -224,7 +252,7 @@ def _modules(model: Any) -> str:
         kind = type(module)
         where = f"{kind.__module__}.{kind.__qualname__}"
         attributes = vars(module)
-        if where.startswith(_STOCK):
+        if where.startswith(STOCK):
             found = {key: attributes[key] for key in _ATTRIBUTES if key in attributes}
         else:
             found = {

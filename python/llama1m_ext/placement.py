@@ -23,16 +23,6 @@ def device_of(module: Any, default: torch.device) -> torch.device:
     return default if first is None or first.device.type == "meta" else first.device
 
 
-def only_moves(module: Any) -> bool:
-    """Whether the hook that accelerate put around a module does nothing but bring inputs to the module's device: its
-    weights stay there."""
-    hook = module.__dict__.get("_hf_hook")
-    kind = type(hook)
-    if (kind.__module__, kind.__qualname__) != ("accelerate.hooks", "AlignDevicesHook") or hook.offload:
-        return False
-    return getattr(module.__dict__.get("_old_forward"), "__func__", None) is type(module).forward
-
-
 def spread(layers: Iterable[Any], default: torch.device) -> dict[torch.device, int]:
     """How many layers are on each device.
 

@@ -175,7 +175,7 @@ def plan(
             memory.insert(0, Memory("gpu", found, False))
     limit, on_gpu = memory[0].bytes, memory[0].where == "gpu"
     # What is free now has no room for weights that are loaded already, and needs none.
-    used = shape.weight_bytes if loaded and not memory[0].given else 0
+    used = shape.resident_bytes if loaded and not memory[0].given else 0
     work = plan_bytes.Work(tokens, new=new_tokens, batch=batch, threads=threads, gpu=on_gpu)
     work = dataclasses.replace(work, chunk=_chunk(shape, batch, limit, on_gpu) if chunk == "auto" else int(chunk))
     pages = None if kv_memory == "auto" else parse_bytes("kv_memory", kv_memory)

@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
@@ -40,6 +41,7 @@ from llama1m_ext import (
     tensorfile,
     testing,
     tokens,
+    weights,
 )
 from llama1m_ext.formats import Page
 from llama1m_ext.stored import StoredPage
@@ -89,8 +91,6 @@ class HostCopies(TorchDispatchMode):
 
 def model_on(*devices):
     """A model with a layer on each device, as accelerate spreads it where there are several."""
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
     config = copy.deepcopy(CONFIG)
     config.num_hidden_layers = len(devices)
     models = []
@@ -169,13 +169,17 @@ def test_each_call_of_the_model_asks_once(asked, monkeypatch, devices, kv, padde
     assert cache.format.name == kv
 
 
-def test_a_layer_that_accelerate_loads_is_not_gone_past(asked):
+class _Watcher(ModelHook):
+    pass
+
+
+def test_a_layer_with_another_hook_is_not_gone_past(asked):
     model = model_on(ONE, TWO)
     assert placement.spread(model.model.layers, ONE) == {ONE: 1, TWO: 1}
     layer = model.model.layers[1]
-    assert placement.only_moves(layer)
-    layer._hf_hook.offload = True
-    assert not placement.only_moves(layer)
+    assert weights.only_brings(layer)
+    add_hook_to_module(layer, _Watcher(), append=True)
+    assert not weights.only_brings(layer)
     llama1m_ext.set_options(model, chunk=128)
     with torch.no_grad():
         model(torch.zeros(1, 300, dtype=torch.long, device=ONE))
