@@ -16,7 +16,6 @@ from .dense import Scratch
 from .families import Classes, classes_of
 from .formats import KvFormat
 from .intervals import ALL, Intervals, ends, from_mask, judged, misfit
-from .memory import available_bytes, free_bytes
 from .options import read as read_options
 from .placement import device_of, spread
 from .questions import Questions
@@ -447,26 +446,3 @@ def _are_ordinary(ids: Tensor, past: int) -> Tensor:
     if n == 1:
         return (ids == past).all()  # every decoded token
     return (ids == torch.arange(past, past + n, device=ids.device)).all()
-
-
-def check_matrix_fits(reason: str, given: Mapping[str, Any]) -> None:
-    """Before the stock path makes an N x N mask: is there room?
-
-    Raises:
-        ValueError: there is not.
-    """
-    if not (reason.startswith("attention_mask has") or reason.endswith("packed sequences")):
-        return
-    source = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    mask = given.get("attention_mask")
-    batch, q_len = source.shape[:2]  # type: ignore[union-attr]
-    kv_len = q_len if mask is None else mask.shape[-1]
-    # The causal part, the padding part and their conjunction, a byte each: what transformers needs at its peak.
-    device = source.device  # type: ignore[union-attr]
-    need, room = 3 * batch * q_len * kv_len, available_bytes() if device.type == "cpu" else free_bytes(device)
-    if room is not None and need > room:
-        raise ValueError(
-            f"{reason}: attention to {kv_len} keys from {q_len} queries of {batch} rows would need masks of "
-            f"{need / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are available. Expected a mask that hides keys only "
-            "at the beginning and at the end of each row: it costs no memory."
-        )

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda, offload, ops, window
+from . import cuda, offload, ops, stock_path, window
 from .cache import PagedLayer
 from .call import DTYPES, MARK, Call
 from .formats import Page
 from .rope import Rope, Still
-from .stats import count
 from .window import SlidingLayer
 from .workspace import Workspace
 
 Forward = Callable[..., Any]
+DIFFERENT = "q, k and v differ in dtype, or from what the cache holds"
+GRADIENTS = "gradients of q, k and v"
+"""Why a layer takes the stock path, where the model didn't see it coming."""
 
 
 def attention_forward(original: Forward, owner: type) -> Forward:
@@ -38,11 +40,11 @@ def attention_forward(original: Forward, owner: type) -> Forward:
         if not torch.compiler.is_compiling():
             layer = None if cache is None or call.cache_layers is None else call.cache_layers[self.layer_idx]
             out = attend(self, hidden_states, call, layer)
-            if out is not None:
+            if not isinstance(out, str):
                 if layer is not None:
                     layer.seal()
                 return out, None
-            count(call.model, stock="q, k and v have gradients or different dtypes", calls=1)
+            stock_path.tell(call.model, out, 1)
         # LoRA's gradients show only here, where the mask was made already: stock attention, with a matrix.
         kwargs["attention_mask"] = call.matrix(hidden_states.device, self.layer_idx)
         kwargs["position_embeddings"] = call.rope.tables
@@ -59,7 +61,7 @@ def attend(
     layer: PagedLayer | SlidingLayer | None,
     at: int = 0,
     space: Workspace | None = None,
-) -> Tensor | None:
+) -> Tensor | str:
     """Attention of x, tokens `at` to `at + n` of the call, to all keys so far and their own; o_proj included.
 
     Args:
@@ -69,7 +71,7 @@ def attend(
         space: memory for what is made on the way; x may be what was taken there as "x", and so is the result then.
 
     Returns:
-        `[batch, n, hidden]`, or None where the kernel can't serve what the projections gave (nothing has happened then).
+        `[batch, n, hidden]`, or why the kernel can't serve what the projections gave (nothing has happened then).
     """
     batch, n, _ = x.shape
     shape = (batch, n, -1, attn.head_dim)
@@ -78,9 +80,9 @@ def attend(
     k = normed(attn, "k_norm", linear("b", attn.k_proj, x).view(shape)).transpose(1, 2)
     v = linear("c", attn.v_proj, x).view(shape).transpose(1, 2)
     if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and (layer is None or layer.fits(k, v))):
-        return None
+        return DIFFERENT
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return None
+        return GRADIENTS
     rope = call.rope_of(attn)
     if layer is None:
         rotated, k = rope.apply(q, k, at=at)

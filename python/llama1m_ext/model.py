@@ -7,7 +7,6 @@ for whatever `call.open_call` says we can't serve.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from . import _compat, families, patch, plan_call
+from . import _compat, families, patch, plan_call, stock_path
 from .cache import LongCache
-from .call import KEEP, MARK, Call, NotServed, check_matrix_fits, is_ours, open_call
+from .call import KEEP, MARK, Call, NotServed, is_ours, open_call
 from .prefill import is_long, layer_major
 from .stats import count
 
@@ -25,18 +24,6 @@ if TYPE_CHECKING:
     from .shelf import Shelf
 
 Forward = Callable[..., Any]
-# What a user does on purpose, or what is no matter of ours: no warning for these.
-_EXPECTED = (
-    "gradients",
-    "training",
-    "tracing",
-    "dtype",
-    "attn_implementation",
-    "output_",
-    "the cache is",
-    "an empty",
-    "input_ids",
-)
 
 
 def model_forward(original: Forward, owner: type) -> Forward:
@@ -64,10 +51,7 @@ def model_forward(original: Forward, owner: type) -> Forward:
             except BaseException:  # Ctrl-C too: the cache, which may be the user's, is as before the call
                 call.rewind()
                 raise
-        check_matrix_fits(call, given)
-        first = count(self, stock=call, calls=len(self.layers))
-        if first and not call.startswith(_EXPECTED):
-            warnings.warn(f"llama1m_ext: transformers' own path is taken, because: {call}", stacklevel=2)
+        stock_path.take(self, call, given)
         return original(self, *args, **kwargs)
 
     setattr(forward, MARK, True)

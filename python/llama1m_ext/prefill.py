@@ -128,8 +128,8 @@ def _embed(table: Any, ids: Tensor, hidden: Tensor, chunk: int) -> None:
 def _layer(layer: Any, hidden: Tensor, call: Call, page: PagedLayer | SlidingLayer, at: int, space: Workspace) -> None:
     """A decoder layer over one chunk, `[batch, n, hidden]`, updated in place."""
     out = llama.attend(layer.self_attn, space.norm("x", layer.input_layernorm, hidden), call, page, at, space)
-    if out is None:
-        raise NotServed("q, k and v have gradients or different dtypes")
+    if isinstance(out, str):
+        raise NotServed(out)
     _add(hidden, out)
     del out
     x = space.norm("x", layer.post_attention_layernorm, hidden)
@@ -150,8 +150,10 @@ def _keys_only(
     shape = (*x.shape[:2], -1, attn.head_dim)
     k = llama.normed(attn, "k_norm", space.linear("b", attn.k_proj, x).view(shape)).transpose(1, 2)
     v = space.linear("c", attn.v_proj, x).view(shape).transpose(1, 2)
-    if k.dtype != v.dtype or not page.fits(k, v) or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
-        raise NotServed("q, k and v have gradients or different dtypes")
+    if k.dtype != v.dtype or not page.fits(k, v):
+        raise NotServed(llama.DIFFERENT)
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        raise NotServed(llama.GRADIENTS)
     llama.store(page, None, k, v, call.rope_of(attn), at)
 
 

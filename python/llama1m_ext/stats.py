@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,12 +53,12 @@ def stats(model: Any, *, reset: bool = False) -> Stats:
             for reason, n in counts["stock"].items():
                 stock[reason] = stock.get(reason, 0) + n
             if reset:
-                del inner.__dict__[ATTRIBUTE]
+                inner.__dict__[ATTRIBUTE] = _fresh(counts.get("warned", ()))
     return Stats(stock=stock, **total)
 
 
 def count(llama_model: Any, *, stock: str | None = None, calls: int = 0, **more: int) -> bool:
-    """Adds to a model's counts. True if this is the first time that its stock path is taken for this reason.
+    """Adds to a model's counts. True if its stock path was never taken for this reason.
 
     Args:
         stock, calls: a reason, and how many attention calls took the stock path for it.
@@ -65,11 +66,19 @@ def count(llama_model: Any, *, stock: str | None = None, calls: int = 0, **more:
     """
     with _lock:
         # Builtins on the model: they are copied and pickled with it, and need no package to be loaded.
-        counts = llama_model.__dict__.setdefault(ATTRIBUTE, {**dict.fromkeys(_SUMS, 0), "stock": {}})
+        counts = llama_model.__dict__.setdefault(ATTRIBUTE, _fresh())
         for name, n in more.items():
             counts[name] = counts.get(name, 0) + n
         if stock is None:
             return False
-        first = stock not in counts["stock"]
         counts["stock"][stock] = counts["stock"].get(stock, 0) + calls
-        return first
+        warned = counts.setdefault("warned", [])
+        if stock in warned:
+            return False
+        warned.append(stock)
+        return True
+
+
+def _fresh(warned: Iterable[str] = ()) -> dict[str, Any]:
+    """Nothing counted. warned: reasons for the stock path that were told before, which `reset` does not forget."""
+    return {**dict.fromkeys(_SUMS, 0), "stock": {}, "warned": list(warned)}
