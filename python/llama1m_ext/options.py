@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -160,6 +161,11 @@ def llama_models(model: Any) -> list[Any]:
     root: Any = model if hasattr(model, "modules") else getattr(model, "model", None)
     if hasattr(root, "modules"):
         found = [m for m in root.modules() if families.is_model(m)]
+        if not found and "llama.model" in sys.modules:
+            from . import meta_llama
+
+            faces = [meta_llama.face_of(m) for m in root.modules() if meta_llama.is_transformer(m)]
+            found = [face.model for face in faces if face is not None]
         if found:
             return found
         for m in root.modules():

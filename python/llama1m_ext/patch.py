@@ -51,7 +51,15 @@ def of_family(family: Family) -> tuple[Patch, ...]:
 
 
 TABLE = {
-    "llama": (*of_family(LLAMA), Patch(_TOKENIZER, "BatchEncoding", "shape", "_compat:batch_encoding_shape")),
+    "llama": (
+        *of_family(LLAMA),
+        Patch(_TOKENIZER, "BatchEncoding", "shape", "_compat:batch_encoding_shape"),
+        # The llama package of meta-llama/llama3, where that is what is imported.
+        Patch("llama.model", "Transformer", "__init__", "meta_llama:transformer_init"),
+        Patch("llama.model", "Transformer", "forward", "meta_llama:transformer_forward"),
+        Patch("llama.generation", "Llama", "build", "meta_llama:build"),
+        Patch("llama.generation", "Llama", "generate", "meta_llama:generate"),
+    ),
     **{family.name: of_family(family) for family in FAMILIES.values() if family is not LLAMA},
 }
 """What is replaced, by what has to be switched on for it; "llama" is on from the start."""

@@ -120,14 +120,16 @@ def inv_freq(params: dict[str, Any]) -> Tensor:
     return torch.tensor(made, dtype=torch.float64)
 
 
-def reference(tensors: dict[str, Tensor], tokens: Tensor, params: dict[str, Any] = PARAMS) -> Tensor:
-    """Logits, float64 `[batch, n, vocab]`, of tokens `[batch, n]`."""
+def reference(
+    tensors: dict[str, Tensor], tokens: Tensor, params: dict[str, Any] = PARAMS, last: int | None = None
+) -> Tensor:
+    """Logits, float64 `[batch, n, vocab]`, of tokens `[batch, n]`, or of the `last` of them."""
     w = {name.removesuffix(".weight"): tensor.double() for name, tensor in tensors.items()}
     heads, kv_heads = params["n_heads"], params["n_kv_heads"]
     n, head_dim = tokens.shape[1], params["dim"] // heads
     angles = torch.outer(torch.arange(n, dtype=torch.float64), inv_freq(params))
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
-    hidden_from = torch.ones(n, n, dtype=torch.bool).triu(1)
+    places = torch.arange(n)
 
     def norm(x: Tensor, name: str) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + params["norm_eps"]).sqrt() * w[name]
@@ -146,10 +148,15 @@ def reference(tensors: dict[str, Tensor], tokens: Tensor, params: dict[str, Any]
         outs = []
         for head in range(heads):
             mine = head // (heads // kv_heads)
-            scores = q[:, :, head] @ k[:, :, mine].transpose(1, 2) / head_dim**0.5
-            outs.append(scores.masked_fill(hidden_from, -torch.inf).softmax(-1) @ v[:, :, mine])
+            parts = []
+            for rows in places.split(1024):  # no more than so many rows of scores at a time
+                seen = int(rows[-1]) + 1
+                scores = q[:, rows, head] @ k[:, :seen, mine].transpose(1, 2) / head_dim**0.5
+                hidden = places[:seen] > rows[:, None]
+                parts.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[:, :seen, mine])
+            outs.append(torch.cat(parts, 1))
         x = x + torch.cat(outs, -1) @ w[f"{at}.attention.wo"].T
         h = norm(x, f"{at}.ffn_norm")
         gate = h @ w[f"{at}.feed_forward.w1"].T
         x = x + (gate * gate.sigmoid() * (h @ w[f"{at}.feed_forward.w3"].T)) @ w[f"{at}.feed_forward.w2"].T
-    return norm(x, "norm") @ w["output"].T
+    return norm(x if last is None else x[:, -last:], "norm") @ w["output"].T
