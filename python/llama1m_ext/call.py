@@ -39,6 +39,8 @@ _KNOWN = {
     "output_attentions",
     "output_hidden_states",
     "return_dict",
+    "tokenizer",  # of generate's stop_strings and of an assistant's, which transformers 5 passes on: for nobody
+    "assistant_tokenizer",
     "token_type_ids",  # which tokenizers make for pipelines of 4.57, and Llama's layers ignore
 }
 
