@@ -62,6 +62,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     if data[:1] == b"\n":  # the first field of a sentencepiece model
         raise ConvertError(f"{path}: expected tiktoken's format, got a sentencepiece model (Llama 2's)")
     ranks: dict[bytes, int] = {}
+    taken: set[int] = set()
     for number, line in enumerate(data.splitlines(), 1):
         if not line:
             continue
@@ -72,10 +73,14 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             token, rank, fields = b"", -1, []
         if len(fields) != 2 or not token:
             raise ConvertError(f"{path}: line {number}: expected a token in base64 and its rank, got {line[:40]!r}")
-        if rank != len(ranks) or token in ranks:
-            what = f"token {token!r} twice" if token in ranks else f"rank {rank}"
-            raise ConvertError(f"{path}: line {number}: expected a new token of rank {len(ranks)}, got {what}")
+        if token in ranks or rank in taken:
+            what = f"token {token!r}" if token in ranks else f"rank {rank}"
+            raise ConvertError(f"{path}: line {number}: expected a new token and a new rank, got {what} again")
         ranks[token] = rank
+        taken.add(rank)
+    if taken != set(range(len(ranks))):
+        gap = next(rank for rank in range(len(ranks)) if rank not in taken)
+        raise ConvertError(f"{path}: expected ranks 0 to {len(ranks) - 1} of {len(ranks)} tokens, got no rank {gap}")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ConvertError(f"{path}: expected all 256 bytes among {len(ranks)} tokens, got no {bytes(missing[:1])!r}")

@@ -7,8 +7,10 @@ changes no score.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,9 +18,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
+from . import memory
 from .cache import LongCache
 from .call import KEEP
 from .meta_llama import FACE
+from .options import ATTRIBUTE as OPTIONS
+from .options import Options, read
 
 _ROWS = 256 << 20
 """Bytes of logits that are made at a time."""
@@ -125,10 +130,33 @@ class Face:
             raise ValueError(
                 f"tokens: expected at most max_seq_len={params.max_seq_len}, got {n} from start_pos={start_pos} on"
             )
+        agreed = self._agreed(batch, tokens.device)
         cache = self._cache(batch, start_pos)
         more: dict[str, Any] = {KEEP: 1 if last_only else 0}
-        hidden = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **more).last_hidden_state
+        with _with_options(self.model, agreed):
+            hidden = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **more).last_hidden_state
         return self._logits(hidden[:, -1:] if last_only else hidden)
+
+    def _agreed(self, batch: int, device: torch.device) -> Options:
+        """Options of a call. The ranks of a model that is cut in parts wait for each other in every projection: they must
+        go through the same chunks, whatever is free on each.
+
+        Raises:
+            ValueError: options that let one rank skip what another computes.
+        """
+        given = read(self.model)
+        if self.model.config.num_attention_heads == self.transformer.params.n_heads:
+            return given
+        for name in ("checkpoint", "remember"):
+            if getattr(given, name) is not None:
+                raise ValueError(f"{name}: expected None for a model in parts, got {getattr(given, name)!r}")
+        chunk, progress = given.chunk, given.progress
+        if chunk == "auto":
+            size = next(self.transformer.parameters()).element_size()
+            chunk = memory.chunk_len(self.model.config, batch, size, 1 << 62, gpu=device.type == "cuda")
+        if progress == "auto" and torch.distributed.is_initialized() and torch.distributed.get_rank():
+            progress = False
+        return dataclasses.replace(given, chunk=chunk, progress=progress)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """In float32, a part at a time: in the model's dtype they would take half as much again."""
@@ -185,6 +213,21 @@ class Face:
             for name in ("cache_k", "cache_v"):
                 if isinstance(getattr(attention, name), Tensor):
                     setattr(attention, name, buffer(self.transformer, i, name, tuple(getattr(attention, name).shape)))
+
+
+@contextlib.contextmanager
+def _with_options(model: Any, options: Options) -> Iterator[None]:
+    given = model.__dict__.get(OPTIONS)
+    if options == read(model):
+        yield
+        return
+    model.__dict__[OPTIONS] = dataclasses.asdict(options)
+    try:
+        yield
+    finally:
+        model.__dict__.pop(OPTIONS)
+        if given is not None:
+            model.__dict__[OPTIONS] = given
 
 
 class _Buffer:

@@ -395,6 +395,28 @@ def test_options_and_stats(build):
     assert llama1m_ext.options(other).chunk == "auto"
 
 
+def test_a_model_in_parts_takes_the_same_chunks_on_all_ranks(build, monkeypatch):
+    """Whatever is free on each: `torchrun check_real_llama.py` runs the real thing. Here a rank is told that it has half of
+    the heads."""
+    from llama1m_ext import memory
+
+    built = build(4096)
+    built.model.forward(ids(1, 3000), 0)
+    assert llama1m_ext.stats(built, reset=True).served == 2 * 1
+    built.model.params.n_heads *= 2
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 2_000_000)
+    for free in (1 << 20, 1 << 40):
+        monkeypatch.setattr(memory, "available_bytes", lambda free=free: free)
+        built.model.forward(ids(1, 3000), 0)
+        assert llama1m_ext.stats(built, reset=True).served == 2 * -(-3000 // 512), free
+    assert llama1m_ext.options(built).chunk == "auto"
+    for name in ("checkpoint", "remember"):
+        llama1m_ext.set_options(built, **{name: "folder"})
+        with pytest.raises(ValueError, match=f"{name}: expected None for a model in parts, got 'folder'"):
+            built.model.forward(ids(1, 5), 0)
+        llama1m_ext.set_options(built, **{name: None})
+
+
 def check_stock(built, whole, reason: str) -> None:
     tokens = ids(2, 40)
     with pytest.warns(UserWarning, match=reason):
