@@ -246,7 +246,8 @@ class PageList:
 
     def _used(self, length: int) -> list[Page | Stored]:
         """Views of the first `length` tokens."""
-        at, found = 0, list[Page | Stored]()
+        at = 0
+        found: list[Page | Stored] = []
         for page in self.pages:
             if at >= length:
                 break
