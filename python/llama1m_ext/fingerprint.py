@@ -32,8 +32,10 @@ _CONFIG = (
     "attention_bias",
     "mlp_bias",
 )
+_OF_FAMILIES = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers")
+"""Likewise, where a config has them: in what the families differ."""
 # Attributes of transformers' own modules that decide what they compute; all plain ones of other modules count.
-_ATTRIBUTES = ("scaling", "variance_epsilon", "attention_scaling", "rope_type")
+_ATTRIBUTES = ("scaling", "variance_epsilon", "attention_scaling", "rope_type", "sliding_window", "use_rope")
 _RUNS, _RUN = 16, 64 << 10
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -137,7 +139,10 @@ def identity(model: Any) -> Identity:
         _known[model] = state, digits
     dtypes = {(weight.empty if isinstance(weight, Far) else weight).dtype for _, _, weight in found.values()}
     return Identity(
-        config={name: _plain(getattr(model.config, name, None)) for name in _CONFIG},
+        config={
+            **{name: _plain(getattr(model.config, name, None)) for name in _CONFIG},
+            **{name: _plain(getattr(model.config, name)) for name in _OF_FAMILIES if hasattr(model.config, name)},
+        },
         rope=_rope(model),
         modules=_modules(model),
         dtype=" ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),

@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-STOCK = ("torch.nn.modules.", "transformers.models.llama.", "transformers.activations")
+from .families import FAMILIES
+
+STOCK = (
+    "torch.nn.modules.",
+    "transformers.activations",
+    *(f"{family.modeling.rpartition('.')[0]}." for family in FAMILIES.values()),
+)
 """Modules that keep their weights in parameters and buffers, and nowhere else."""
 _ALIGN = ("accelerate.hooks", "AlignDevicesHook")
 _SEQUENCE = ("accelerate.hooks", "SequentialHook")

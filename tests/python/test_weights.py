@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralModel
 
 import llama1m_ext
 from conftest import stock
@@ -286,3 +286,12 @@ def test_a_gguf_file_s_tokenizer(tmp_path, one_thread):
     assert llama1m_ext.stats(model).served and not llama1m_ext.stats(model).stock
     with stock():
         assert torch.equal(tokens, model.generate(ids, **more))
+
+
+def test_models_of_a_family_differ_by_their_windows():
+    found = set()
+    for window in (16, 32, None):
+        config = MistralConfig(**{**testing.tiny_config().to_diff_dict(), "sliding_window": window})
+        torch.manual_seed(0)
+        found.add(fingerprint(MistralModel(config)))
+    assert len(found) == 3
