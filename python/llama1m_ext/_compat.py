@@ -59,12 +59,13 @@ def default_rope(rotary: Any, seq_len: int | None) -> tuple[Tensor, float]:
         seq_len: for the types that depend on the length; None at the beginning.
     """
     device = torch.device("cpu")
-    if rotary.rope_type == "default" and hasattr(rotary, "compute_default_rope_parameters"):
-        return rotary.compute_default_rope_parameters(rotary.config)  # since 5.0
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    with device:  # transformers makes some tensors where torch does by default
+        if rotary.rope_type == "default" and hasattr(rotary, "compute_default_rope_parameters"):
+            return rotary.compute_default_rope_parameters(rotary.config)  # since 5.0
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    init = ROPE_INIT_FUNCTIONS[rotary.rope_type]
-    return init(rotary.config, device) if seq_len is None else init(rotary.config, device, seq_len=seq_len)
+        init = ROPE_INIT_FUNCTIONS[rotary.rope_type]
+        return init(rotary.config, device) if seq_len is None else init(rotary.config, device, seq_len=seq_len)
 
 
 def original_max_len(rotary: Any) -> int:

@@ -201,7 +201,10 @@ class Face:
         cache = LongCache()
         for i, layer in enumerate(self.transformer.layers):
             attention = layer.attention
-            keys, values = attention.cache_k[:batch, :length], attention.cache_v[:batch, :length]
+            made = [getattr(attention, name) for name in ("cache_k", "cache_v")]
+            if not isinstance(made[0], Tensor):  # their forward did not come as far
+                made = [unmade.to(attention.wk.weight) for unmade in made]
+            keys, values = (buffer[:batch, :length] for buffer in made)
             cache.update(turned(keys).transpose(1, 2), values.transpose(1, 2).contiguous(), i)
         self.cache = cache
         self._release()

@@ -234,7 +234,8 @@ def _other_frequencies(transformer: Any) -> str | None:
     theta, head_dim = transformer.params.rope_theta, int(transformer.layers[0].attention.head_dim)
     rows = table
     if not isinstance(table, torch.Tensor):
-        rows = sys.modules[MODULE].precompute_freqs_cis(head_dim, 2, theta)  # type: ignore[attr-defined]
+        with torch.device("cpu"):
+            rows = sys.modules[MODULE].precompute_freqs_cis(head_dim, 2, theta)  # type: ignore[attr-defined]
     freqs = 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu").double() / head_dim)
     same = len(rows) > 1 and torch.allclose(rows[1].angle().cpu().double(), freqs, rtol=1e-5, atol=1e-7)
     why = None if same else f"freqs_cis is not that of rope_theta={theta}"

@@ -285,6 +285,47 @@ def test_a_model_that_was_there_before(llama, build):
     truth = original.reference(build.whole, tokens)
     assert error(ours, truth) < 1e-5 * truth.std()
     assert served(built) == 2
+    with stock():
+        built.model.forward(ids(2, 60, 3), 0)
+    ours = in_parts(built, tokens, 30)  # what theirs left in its buffers is not looked at
+    assert error(ours, truth) < 1e-5 * truth.std()
+
+
+def test_theirs_fails_on_the_way(llama, build, monkeypatch):
+    tokens = ids(2, 60)
+    built = build()
+    built.model.forward(tokens[:, :30], 0)
+    with stock(), monkeypatch.context() as m, pytest.raises(RuntimeError, match="in layer 1"):
+        theirs = llama.model.Attention.forward
+
+        def fails(self, *args):
+            if self is built.model.layers[1].attention:
+                raise RuntimeError("in layer 1")
+            return theirs(self, *args)
+
+        m.setattr(llama.model.Attention, "forward", fails)
+        built.model.forward(tokens[:, 30:], 30)
+    truth = original.reference(build.whole, tokens)
+    assert error(built.model.forward(tokens[:, 30:], 30), truth[:, 30:]) < 1e-5 * truth.std()
+
+
+def test_with_other_defaults_of_torch(build):
+    """Theirs makes CUDA the default device, and bfloat16 the default dtype, and leaves them so."""
+    built, tokens = build(2048), ids(2, 600)
+    truth = original.reference(build.whole, tokens)
+    before = torch.get_default_dtype()
+    for chunk in ("auto", 100):
+        for name in ("_llama1m_face", "_llama1m_freqs_cis"):
+            built.model.__dict__.pop(name, None)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("meta"):  # whatever is made without saying where can't be computed with
+                llama1m_ext.set_options(built, chunk=chunk, progress=False)
+                ours = in_parts(built, tokens, 500, 501)
+        finally:
+            torch.set_default_dtype(before)
+        assert error(ours, truth) < 1e-5 * truth.std()
+    assert llama1m_ext.stats(built).layer_major == 1
 
 
 # -- the patch ---------------------------------------------------------------------------------------------------------
