@@ -295,16 +295,17 @@ def test_theirs_fails_on_the_way(llama, build, monkeypatch):
     tokens = ids(2, 60)
     built = build()
     built.model.forward(tokens[:, :30], 0)
-    with stock(), monkeypatch.context() as m, pytest.raises(RuntimeError, match="in layer 1"):
-        theirs = llama.model.Attention.forward
+    theirs = llama.model.Attention.forward
 
-        def fails(self, *args):
-            if self is built.model.layers[1].attention:
-                raise RuntimeError("in layer 1")
-            return theirs(self, *args)
+    def fails(self, *args):
+        if self is built.model.layers[1].attention:
+            raise RuntimeError("in layer 1")
+        return theirs(self, *args)
 
+    with stock(), monkeypatch.context() as m:
         m.setattr(llama.model.Attention, "forward", fails)
-        built.model.forward(tokens[:, 30:], 30)
+        with pytest.raises(RuntimeError, match="in layer 1"):
+            built.model.forward(tokens[:, 30:], 30)
     truth = original.reference(build.whole, tokens)
     assert error(built.model.forward(tokens[:, 30:], 30), truth[:, 30:]) < 1e-5 * truth.std()
 
@@ -456,6 +457,36 @@ def test_a_model_in_parts_takes_the_same_chunks_on_all_ranks(build, monkeypatch)
         with pytest.raises(ValueError, match=f"{name}: expected None for a model in parts, got 'folder'"):
             built.model.forward(ids(1, 5), 0)
         llama1m_ext.set_options(built, **{name: None})
+
+
+def test_a_prompt_is_remembered_and_a_killed_prefill_goes_on(build, tmp_path, monkeypatch):
+    from llama1m_ext import prefill
+
+    prompt = ids(1, 900)[0].tolist()
+    built = build(2048)
+    expected, _ = built.generate([prompt], 10)
+    llama1m_ext.set_options(
+        built, chunk=300, progress=False, checkpoint=str(tmp_path / "c"), remember=str(tmp_path / "r")
+    )
+    layer, calls = prefill._layer, []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return layer(*args)
+
+    monkeypatch.setattr(prefill, "_layer", fails)
+    with pytest.raises(KeyboardInterrupt):
+        built.generate([prompt], 10)
+    llama1m_ext.stats(built, reset=True)
+    assert built.generate([prompt], 10)[0] == expected
+    assert llama1m_ext.stats(built).served == 1 + 2 * 9, "the first layer was on the disk"
+    for _ in range(2):
+        other = build(2048)
+        llama1m_ext.remember(other, tmp_path / "r")
+        assert other.generate([prompt], 10)[0] == expected
+        assert llama1m_ext.stats(other).reused >= 800
 
 
 def check_stock(built, whole, reason: str) -> None:
