@@ -481,7 +481,8 @@ def test_a_prompt_is_remembered_and_a_killed_prefill_goes_on(build, tmp_path, mo
         built.generate([prompt], 10)
     llama1m_ext.stats(built, reset=True)
     assert built.generate([prompt], 10)[0] == expected
-    assert llama1m_ext.stats(built).served == 1 + 2 * 9, "the first layer was on the disk"
+    # The first layer's 3 chunks were on the disk, or were not worth writing: that is a matter of time.
+    assert llama1m_ext.stats(built).served in (1 + 2 * 9, 3 + 1 + 2 * 9)
     for _ in range(2):
         other = build(2048)
         llama1m_ext.remember(other, tmp_path / "r")
