@@ -88,7 +88,7 @@ class Face:
         config = LlamaConfig(
             vocab_size=params.vocab_size,
             hidden_size=params.dim,
-            intermediate_size=transformer.layers[0].feed_forward.w1.weight.shape[0],
+            intermediate_size=_height(transformer.layers[0].feed_forward.w1, 4 * params.dim),
             num_hidden_layers=len(transformer.layers),
             num_attention_heads=attention.n_local_heads,
             num_key_value_heads=attention.n_local_kv_heads,
@@ -102,15 +102,27 @@ class Face:
                 self.model = modeling_llama.LlamaModel(config).eval()
             with torch.device("cpu"):
                 self.model.rotary_emb = modeling_llama.LlamaRotaryEmbedding(config)
-        self.model.embed_tokens, self.model.norm = transformer.tok_embeddings, transformer.norm
-        for ours, theirs in zip(self.model.layers, transformer.layers, strict=True):
-            attn, mlp = ours.self_attn, ours.mlp
-            attn.q_proj = Turned(theirs.attention.wq, self.head_dim)
-            attn.k_proj = Turned(theirs.attention.wk, self.head_dim)
-            attn.v_proj, attn.o_proj = theirs.attention.wv, theirs.attention.wo
-            mlp.gate_proj, mlp.down_proj, mlp.up_proj = (getattr(theirs.feed_forward, w) for w in ("w1", "w2", "w3"))
-            ours.input_layernorm, ours.post_attention_layernorm = theirs.attention_norm, theirs.ffn_norm
         self.cache: LongCache | None = None
+        self.connect()
+
+    def connect(self) -> None:
+        """Holds the modules that the Transformer has now: adapters and quantisers put others there at any time."""
+        theirs = self.transformer._modules
+        _link(self.model, "embed_tokens", theirs["tok_embeddings"])
+        _link(self.model, "norm", theirs["norm"])
+        for ours, layer in zip(self.model.layers, theirs["layers"], strict=True):
+            parts = layer._modules
+            attention, feed_forward = parts["attention"]._modules, parts["feed_forward"]._modules
+            for name, there in (("q_proj", "wq"), ("k_proj", "wk")):
+                held: Any = ours.self_attn._modules[name]
+                if type(held) is not Turned or held._modules["inner"] is not attention[there]:
+                    setattr(ours.self_attn, name, Turned(attention[there], self.head_dim))
+            _link(ours.self_attn, "v_proj", attention["wv"])
+            _link(ours.self_attn, "o_proj", attention["wo"])
+            for name, there in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+                _link(ours.mlp, name, feed_forward[there])
+            _link(ours, "input_layernorm", parts["attention_norm"])
+            _link(ours, "post_attention_layernorm", parts["ffn_norm"])
 
     def forward(self, tokens: Tensor, start_pos: int, last_only: bool) -> Tensor:
         """Logits, float32 `[batch, n, vocab]`, or `[batch, 1, vocab]` of the last position.
@@ -130,6 +142,7 @@ class Face:
             raise ValueError(
                 f"tokens: expected at most max_seq_len={params.max_seq_len}, got {n} from start_pos={start_pos} on"
             )
+        self.connect()
         agreed = self._agreed(batch, tokens.device)
         cache = self._cache(batch, start_pos)
         more: dict[str, Any] = {KEEP: 1 if last_only else 0}
@@ -216,6 +229,17 @@ class Face:
             for name in ("cache_k", "cache_v"):
                 if isinstance(getattr(attention, name), Tensor):
                     setattr(attention, name, buffer(self.transformer, i, name, tuple(getattr(attention, name).shape)))
+
+
+def _link(owner: nn.Module, name: str, module: nn.Module) -> None:
+    if owner._modules[name] is not module:
+        setattr(owner, name, module)
+
+
+def _height(linear: Any, default: int) -> int:
+    """Rows of a projection, from which memory is reckoned."""
+    weight = getattr(linear, "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else default
 
 
 @contextlib.contextmanager

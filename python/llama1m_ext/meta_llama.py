@@ -41,6 +41,11 @@ _ARGUMENTS = {
     ("FeedForward", "forward"): ["self", "x"],
 }
 MARK = "_llama1m"
+_PARTS = {
+    "TransformerBlock": {"attention", "feed_forward", "attention_norm", "ffn_norm"},
+    "Attention": {"wq", "wk", "wv", "wo"},
+    "FeedForward": {"w1", "w2", "w3"},
+}
 _ours: dict[tuple[str, str], Any] = {}
 """Functions of theirs whose work we do, as they were when ours were put in their place."""
 _max_seq_len: contextvars.ContextVar[int | None] = contextvars.ContextVar("llama1m_max_seq_len", default=None)
@@ -199,7 +204,8 @@ def is_transformer(module: Any) -> bool:
 def face_of(transformer: Any) -> Face | None:
     """Its face, made when first asked for; None where it is not what we know."""
     found = transformer.__dict__
-    if FACE not in found:
+    made = found.get(FACE)
+    if FACE not in found or (made is not None and len(made.model.layers) != len(transformer.layers)):
         from .face import Face
 
         found[_WHY] = _unlike(transformer)
@@ -209,15 +215,14 @@ def face_of(transformer: Any) -> Face | None:
 
 def _unlike(transformer: Any) -> str | None:
     """Why a Transformer is none of ours."""
-    import torch
 
     params = transformer.params
     if getattr(params, "use_scaled_rope", False):
         return "its rotary frequencies are scaled"
     for layer in transformer.layers:
-        for part, names in ((layer.attention, "wq wk wv wo"), (layer.feed_forward, "w1 w2 w3")):
-            if not all(isinstance(getattr(part, name, None), torch.nn.Module) for name in names.split()):
-                return f"a {type(part).__name__} has no {names}"
+        for name, part in (("Attention", layer.attention), ("FeedForward", layer.feed_forward)):
+            if not _PARTS[name] <= part._modules.keys():
+                return f"a {name} without {', '.join(sorted(_PARTS[name] - part._modules.keys()))}"
     head_dim = int(transformer.layers[0].attention.head_dim)
     if not 8 <= head_dim <= 256 or head_dim % 2:
         return f"head_dim {head_dim}"
@@ -270,6 +275,8 @@ def unserved(transformer: Any, tokens: Any) -> str | None:
                 return f"the forward of a {name} was replaced"
             if part._forward_hooks or part._forward_pre_hooks:
                 return f"a hook on a {name}"
+            if not _PARTS[name] <= part._modules.keys():
+                return f"a {name} without {', '.join(sorted(_PARTS[name] - part._modules.keys()))}"
     return _other_frequencies(transformer)
 
 

@@ -510,6 +510,27 @@ def test_hooks_are_called(build):
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_other_projections_win(llama, build, early):
+    """Three in one, with a forward of its own."""
+    built = build()
+    if early:
+        built.model.forward(ids(1, 9), 0)
+        llama1m_ext.stats(built, reset=True)
+    part = built.model.layers[1].feed_forward
+    part.both = part.w1
+    del part.w1
+    type(part).w1 = property(lambda self: self.both)
+    try:
+        tokens = ids(2, 40)
+        with pytest.warns(UserWarning, match="a FeedForward without w1"):
+            logits = built.model.forward(tokens, 0)
+        truth = original.reference(build.whole, tokens)
+        assert error(logits, truth) < 1e-5 * truth.std()
+    finally:
+        del type(part).w1
+
+
 def test_hooks_on_projections_are_called_on_our_path(build):
     built, seen = build(), []
     for module in (built.model.layers[1].attention.wq, built.model.layers[0].feed_forward.w2, built.model.norm):
@@ -564,6 +585,35 @@ def test_weights_are_the_models_own(build):
     assert error(changed, truth) < 1e-5 * truth.std()
     built.model.to(torch.bfloat16)
     assert built.model.forward(tokens, 0).dtype == torch.float32
+
+
+class Lora(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.delta = inner, 0.1 * torch.ones_like(inner.weight)
+
+    def forward(self, x):
+        return self.inner(x) + torch.nn.functional.linear(x, self.delta)
+
+
+def test_modules_put_there_later(build):
+    """As adapters and quantisers do it."""
+    built, tokens = build(), ids(1, 40)
+    before = built.model.forward(tokens, 0)
+    for part in ("attention", "feed_forward"):
+        for name in ("wq", "wk", "wv", "wo") if part == "attention" else ("w1", "w2", "w3"):
+            module = getattr(built.model.layers[1], part)
+            setattr(module, name, Lora(getattr(module, name)))
+            build.whole[f"layers.1.{part}.{name}.weight"] += 0.1
+            truth = original.reference(build.whole, tokens)
+            after = built.model.forward(tokens, 0)
+            assert error(after, truth) < 1e-5 * truth.std(), name
+            assert error(after, before) > 1e-4 * truth.std(), name
+            before = after
+    del built.model.layers[1]
+    truth = original.reference(build.whole, tokens, {**original.PARAMS, "n_layers": 1})
+    assert error(built.model.forward(tokens, 0), truth) < 1e-5 * truth.std()
+    assert served(built) > 0
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
