@@ -150,14 +150,75 @@ def batch_encoding_shape(original: Any, owner: type) -> Any:
 
 
 def generate(original: Callable[..., Any], owner: Any) -> Callable[..., Any]:
-    if not V5:
-        return original
+    """`generate` that takes a mapping, where transformers gives one, and looks into a `LongCache` that it is given."""
 
     @functools.wraps(original)
     def generate_from_mapping(self: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(inputs, Mapping):
+        if V5 and isinstance(inputs, Mapping):
             kwargs = {**inputs, **kwargs}
             inputs = None
+        cache: Any = kwargs.get("past_key_values")
+        if hasattr(cache, "warn_of_other_tokens"):
+            cache.warn_of_other_tokens(kwargs.get("input_ids") if inputs is None else inputs)
         return super(owner, self).generate(inputs, *args, **kwargs)
 
     return generate_from_mapping
+
+
+# -- prefill in chunks ----------------------------------------------------------------------------------------------------
+
+
+def prefill_chunking(original: Callable[..., Any] | None, owner: Any) -> Callable[..., Any] | None:
+    """4.57 counts positions in `generate(prefill_chunk_size=...)` as if nothing were padded, and those of the tokens that
+    follow from the mask: batches padded on the left get other tokens, and nobody is told. 5 has another function for it."""
+    if V5 or original is None:
+        return original
+
+    @functools.wraps(original)
+    def with_the_mask_s_positions(
+        self: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or cache is None or bool(mask.all()):
+            return original(self, input_ids, generation_config, **kwargs)
+        places = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        size, end = generation_config.prefill_chunk_size, input_ids.shape[1] - 1  # the last token is generate's
+        for a in range(0, end, size):
+            b = min(a + size, end)
+            self(
+                input_ids[:, a:b],
+                attention_mask=mask[:, :b],
+                position_ids=places[:, a:b],
+                cache_position=torch.arange(a, b, device=input_ids.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return {**kwargs, "cache_position": torch.tensor([end], device=input_ids.device)}
+
+    return with_the_mask_s_positions
+
+
+# -- attention of somebody else's -------------------------------------------------------------------------------------------
+
+
+def foreign_attention(module: Any) -> str | None:
+    """Why a model must not be served although it says "sdpa": other people put functions of their own where transformers
+    looks for that one, and for its masks.
+
+    Args:
+        module: a modeling module, e.g. that of Llama.
+    """
+    from transformers import masking_utils
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
+        return "the attention function 'sdpa' is somebody else's"
+    if masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is not masking_utils.sdpa_mask:
+        return "the mask function of 'sdpa' is somebody else's"
+    for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
+        here = getattr(module, name, None)
+        if here is not None and here is not getattr(masking_utils, name):
+            return f"{name} is somebody else's"
+    return None

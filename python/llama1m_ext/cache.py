@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,20 @@ class LongCache(DynamicCache):
                     f"{tuple(ids.shape)}"
                 )
             self._seen.append(ids, 0)
+
+    def warn_of_other_tokens(self, input_ids: Any) -> None:
+        """`generate` is about to go on from this cache, and takes what is in it for the beginning of these ids."""
+        mine = self.tokens
+        if mine is None or not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or len(mine) != len(input_ids):
+            return
+        n = min(mine.shape[1], input_ids.shape[1])
+        other = (mine[:, :n].to(input_ids.device) != input_ids[:, :n]).any(0)
+        if n and bool(other.any()):
+            warnings.warn(
+                f"past_key_values: expected the first {n} tokens of input_ids in the cache, got others from token "
+                f"{int(other.int().argmax())} on: what is generated goes on from those in the cache",
+                stacklevel=4,
+            )
 
     def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
         """Writes the cache to a file (safetensors), or replaces it: a kill at any moment leaves the old one or the new one.

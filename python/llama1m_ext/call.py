@@ -250,6 +250,9 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
     implementation = config._attn_implementation
     if implementation != "sdpa":
         return f"attn_implementation={implementation!r}"
+    foreign = _compat.foreign_attention(kind.module)
+    if foreign is not None:
+        return foreign
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     source = ids if embeds is None else embeds
     if (

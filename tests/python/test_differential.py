@@ -219,17 +219,20 @@ class ExactNorm(torch.nn.Module):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
 
 
-@functools.cache
-def judge_of(dtype: str, kv_heads: int, rope: str) -> Any:
-    """The same weights in float64."""
-    model = copy.deepcopy(scenarios.model_of(dtype, kv_heads, rope, False))
+def exact(model: Any) -> Any:
+    """The same weights in float64, and nothing of the model rounds to float32 on the way."""
     rotation = ExactRotation(copy.deepcopy(model.model.rotary_emb))
-    model = model.double()
+    model = copy.deepcopy(model).double()
     model.model.rotary_emb, model.model.norm = rotation, ExactNorm(model.model.norm)
     for layer in model.model.layers:
         layer.input_layernorm = ExactNorm(layer.input_layernorm)
         layer.post_attention_layernorm = ExactNorm(layer.post_attention_layernorm)
     return model
+
+
+@functools.cache
+def judge_of(dtype: str, kv_heads: int, rope: str) -> Any:
+    return exact(scenarios.model_of(dtype, kv_heads, rope, False))
 
 
 def judge(s: Scenario) -> Any:
