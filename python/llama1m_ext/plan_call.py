@@ -13,7 +13,7 @@ from .options import parse_bytes
 from .placement import chunk_len, device_of
 from .plan_bytes import Storage, Work
 from .plan_shape import SIZES, Shape, dtype_name, of_config
-from .weights import brought_bytes
+from .weights import brought_bytes, unpacked_bytes
 
 if TYPE_CHECKING:
     from .call import Call
@@ -161,7 +161,7 @@ def _reckoned(
     )
     used = shape.weight_bytes  # by arithmetic, here and in the plan: what is free now has those that stay off already
     mine = [layer for layer in call.layers if device is None or device_of(layer, device) == device]
-    shape = dataclasses.replace(shape, brought=brought_bytes(mine, work.gpu))
+    shape = dataclasses.replace(shape, brought=brought_bytes(mine, work.gpu), unpacked=unpacked_bytes(mine))
     if not work.gpu:  # the kernels keep theirs from call to call
         used += work.threads * (plan_bytes.SCRATCH + plan_bytes.MATMUL)
     if call.past_len:

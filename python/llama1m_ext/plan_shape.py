@@ -25,6 +25,7 @@ class Shape:
         biases: elements of biases.
         loaded: bytes of a real model's parameters in memory; None: there is only a config.
         brought: bytes of weights that come from a file, or to a GPU, for one layer at a time: of the largest.
+        unpacked: bytes of the largest quantised matrix in float32, as which it is multiplied; 0: none is quantised.
     """
 
     layers: int
@@ -39,6 +40,7 @@ class Shape:
     biases: int = 0
     loaded: int | None = None
     brought: int = 0
+    unpacked: int = 0
 
     @property
     def size(self) -> int:
@@ -204,10 +206,10 @@ def of_model(llama_model: Any, outer: Any = None, dtype: Any = None) -> Shape:
     shape = of_config(llama_model.config, llama_model.dtype if dtype is None else dtype)
     if outer is None:
         return shape
-    from .weights import bytes_of
+    from .weights import bytes_of, unpacked_bytes
 
     held, brought = bytes_of(outer, llama_model.layers)
-    return dataclasses.replace(shape, loaded=held, brought=brought)
+    return dataclasses.replace(shape, loaded=held, brought=brought, unpacked=unpacked_bytes(llama_model.layers))
 
 
 def _with_dtype(shape: Shape, dtype: Any) -> Shape:

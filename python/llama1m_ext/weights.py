@@ -277,3 +277,22 @@ def brought_bytes(layers: Iterable[Any], gpu: bool = False) -> int:
             far = [weight for _, _, _, weight in parts(layer) if isinstance(weight, Far)]
             found = max(found, sum(weight.nbytes for weight in far if gpu or weight.file() is not None))
     return found
+
+
+def unpacked_bytes(layers: Iterable[Any]) -> int:
+    """Bytes in float32 of the largest quantised matrix of the first of these layers; 0: none is quantised."""
+    for layer in layers:
+        found = [
+            4 * module.in_features * module.out_features
+            for module in layer.modules()
+            if hasattr(module, "in_features") and _is_quantised(module)
+        ]
+        return max(found, default=0)
+    return 0
+
+
+def _is_quantised(module: Any) -> bool:
+    weight = module._parameters.get("weight")
+    if weight is None:  # another package's, which keeps its numbers elsewhere
+        return not list(module.children())
+    return not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__")
