@@ -199,6 +199,25 @@ def prefill_chunking(original: Callable[..., Any] | None, owner: Any) -> Callabl
     return with_the_mask_s_positions
 
 
+# -- packed sequences -----------------------------------------------------------------------------------------------------
+
+
+def keeps_packed_apart() -> bool:
+    """Whether transformers makes the mask that packed sequences need: 4.57 with a torch before 2.6 does not, and says
+    nothing."""
+    from transformers import masking_utils
+
+    return getattr(masking_utils, "_is_torch_greater_or_equal_than_2_6", True)
+
+
+def packed_mask(position_ids: Tensor, batch: int) -> Tensor:
+    """The mask that positions `[batch or 1, n]` mean which begin again with each sequence, bool `[batch, 1, n, n]`."""
+    n = position_ids.shape[1]
+    number = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1).expand(batch, -1)
+    causal = torch.ones(n, n, dtype=torch.bool, device=number.device).tril()
+    return ((number[:, :, None] == number[:, None]) & causal)[:, None]
+
+
 # -- attention of somebody else's -------------------------------------------------------------------------------------------
 
 

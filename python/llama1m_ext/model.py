@@ -52,7 +52,8 @@ def model_forward(original: Forward, owner: type) -> Forward:
                 call.rewind()
                 raise
         stock_path.take(self, call, given)
-        return original(self, *args, **kwargs)
+        other = stock_path.repaired(self, given)
+        return original(self, *args, **kwargs) if other is None else original(self, **other)
 
     setattr(forward, MARK, True)
     families.register(owner)

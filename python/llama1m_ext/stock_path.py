@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import _compat
 from .memory import available_bytes, free_bytes
 from .stats import count
 
@@ -29,6 +30,21 @@ def take(model: Any, reason: str, given: Mapping[str, Any]) -> None:
     """
     check_room(model, reason, given)
     tell(model, reason, len(model.layers))
+
+
+def repaired(model: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments with which transformers keeps packed sequences apart, where it would not; None: as they are."""
+    places, source = given.get("position_ids"), given.get("input_ids")
+    source = given.get("inputs_embeds") if source is None else source
+    if _compat.keeps_packed_apart() or model.config._attn_implementation != "sdpa":
+        return None
+    use_cache = given.get("use_cache")
+    cached = given.get("past_key_values") is not None or (model.config.use_cache if use_cache is None else use_cache)
+    if cached or given.get("attention_mask") is not None or not isinstance(places, Tensor) or source is None:
+        return None
+    if places.dim() != 2 or places.shape[1] != source.shape[1] or not bool((places.diff(dim=1) != 1).any()):
+        return None
+    return {**given, "attention_mask": _compat.packed_mask(places, source.shape[0])}
 
 
 def tell(model: Any, reason: str, calls: int) -> None:

@@ -19,9 +19,9 @@ from transformers.cache_utils import DynamicLayer
 
 import llama1m_ext
 from conftest import stock
+from llama1m_ext import _compat, intervals, memory, stock_path, testing
 from llama1m_ext import cache as caches
 from llama1m_ext import call as calls
-from llama1m_ext import intervals, memory, stock_path, testing
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -230,7 +230,9 @@ def test_stock_s_result_and_one_warning(reason):
             ours = answer(model, given)
             again = llama1m_ext.stats(model, reset=True)
             answer(model, given)
-    if isinstance(theirs, torch.Tensor):
+    if reason.endswith("packed sequences") and not _compat.keeps_packed_apart():
+        assert not torch.equal(ours, theirs)  # stock's are wrong there: test_silent_errors.py
+    elif isinstance(theirs, torch.Tensor):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
     else:
         assert ours == theirs

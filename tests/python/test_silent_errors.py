@@ -4,7 +4,7 @@
 |---|---|
 | axolotl 3928: a new attention key went past the patch, wrong loss | `test_attention_changed_by_others`, `test_attention_functions_of_somebody_else`; test_patch.py, `test_set_attn_implementation` |
 | accelerate 4177: the mask was dropped | `test_padding_is_never_dropped` |
-| trl 6843: packed sequences saw each other | `test_packed_sequences_do_not_see_each_other` |
+| trl 6843: packed sequences saw each other (transformers 4.57 with torch 2.5 as well) | `test_packed_sequences_do_not_see_each_other` |
 | Megatron-Bridge 2665: the feature was off, and looked fast | test_differential.py, `check_counts`: whoever is expected must have computed it |
 | NeMo Automodel 3157: stale keys and values | `test_nothing_is_left_of_the_call_before`; test_generate.py, `test_unwritten_memory_of_pages_is_never_read` |
 | ring-flash-attention 42: backward off, loss fine | test_stock_path.py, `test_training_has_stock_s_gradients`; test_autograd.py |
@@ -197,6 +197,9 @@ def test_packed_sequences_do_not_see_each_other(model, chunk):
         found = logits(model, torch.cat(parts, dim=1), position_ids=places, use_cache=False)
     assert list(llama1m_ext.stats(model, reset=True).stock) == ["position_ids are packed sequences"]
     near(found, torch.cat([logits(model, part) for part in parts], dim=1))
+    model.train()  # with gradients
+    near(model(torch.cat(parts, dim=1), position_ids=places, use_cache=False).logits.detach(), found)
+    model.eval()
     # A mask of the user's own says the same where there is a cache.
     number = torch.cat([torch.full((part.shape[1],), i) for i, part in enumerate(parts)])
     own = ((number[:, None] == number) & torch.ones(40, 40, dtype=torch.bool).tril())[None, None]

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 import llama1m_ext
 from conftest import stock
-from llama1m_ext import memory, testing
+from llama1m_ext import _compat, memory, testing
 
 
 @pytest.fixture
@@ -81,7 +81,8 @@ def test_one_warning_and_stock_s_numbers(model, reason):
             model(**CASES[reason]())
         with stock():
             theirs = model(**CASES[reason]()).logits
-    assert torch.equal(ours, theirs)
+    # Where stock lets packed sequences see each other, we don't: test_silent_errors.py.
+    assert torch.equal(ours, theirs) == (_compat.keeps_packed_apart() or "packed" not in reason)
     assert llama1m_ext.stats(model) == llama1m_ext.Stats(0, {reason: 4}, 0)
 
 

@@ -19,7 +19,11 @@ from llama1m_ext import LongCache, testing
 from test_generate import GREEDY, left_padded
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:llama1m_ext")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:llama1m_ext"),
+    pytest.mark.filterwarnings("error:past_key_values"),  # of other tokens: never here
+]
 MORE = {**GREEDY, "max_new_tokens": 8, "disable_compile": True}
 
 
