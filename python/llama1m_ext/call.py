@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from . import _compat, cuda, offload, plan_call, window
+from . import _compat, cuda, offload, ops, plan_call, window
 from .cache import PagedLayer, cache_layers
 from .dense import Scratch
 from .families import Classes, classes_of
@@ -41,6 +41,7 @@ _KNOWN = {
     "return_dict",
     "tokenizer",  # of generate's stop_strings and of an assistant's, which transformers 5 passes on: for nobody
     "assistant_tokenizer",
+    "num_items_in_batch",  # the Trainer's, for the loss
     "token_type_ids",  # which tokenizers make for pipelines of 4.57, and Llama's layers ignore
 }
 
@@ -306,7 +307,7 @@ def _arguments(model: Any, given: Mapping[str, Any]) -> str | None:
         return "training"
     if torch.jit.is_tracing():
         return "tracing"
-    return None
+    return ops.transform()
 
 
 def _gradients(model: Any, embeds: Tensor | None) -> str | None:

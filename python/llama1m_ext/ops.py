@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from . import _core, cuda
 from .formats import Compact, Page, Side
@@ -221,8 +222,23 @@ def _traced(x: object) -> bool:
     return isinstance(x, Tensor) and type(x) is not Tensor and isinstance(x, FakeTensor)
 
 
+def transform() -> str | None:
+    """What is going on around this call that looks into tensors where we can't: their memory is not all there is to them."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "forward-mode gradients"
+    return None
+
+
 def _tensors(name: str, tensors: Sequence[object]) -> None:
     """Raises where an argument is no tensor, or would need a gradient that we can't give."""
+    around = transform()
+    if around is not None:
+        raise TypeError(
+            f"{name}: expected a tensor outside of vmap, grad, jvp and dual levels, got one inside {around}; "
+            "torch.nn.functional.scaled_dot_product_attention can be transformed"
+        )
     for t in tensors:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
