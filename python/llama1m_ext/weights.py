@@ -207,25 +207,53 @@ def canonical(module: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Ten
     if state is None or not isinstance(getattr(state, "absmax", None), Tensor):
         yield from tensors(module, name, weight)
         return
-    codes, absmax = weight.data.as_subclass(Tensor), state.absmax
+    codes, absmax = weight.data.as_subclass(Tensor).view(torch.uint8), state.absmax
     if getattr(state, "packing_format_for_cpu", False):
-        try:
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
-        except ImportError:
-            raise ValueError(
-                f"model: expected weights that can be compared, but {name} of a {type(module).__name__} is packed for "
-                "this CPU, and this release of bitsandbytes does not undo it"
-            ) from None
-        state = copy.copy(state)  # which it writes to
-        state.original_nested = False
-        codes, absmax = unpack(codes, state)[0], absmax.T
+        codes, absmax = _unpacked(codes, state), absmax.T
     elif getattr(state, "nested", False):
         from bitsandbytes.functional import dequantize_blockwise
 
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
-    yield name, codes
+    yield name, codes.reshape(-1)
     yield f"{name}.absmax", absmax.reshape(-1).to(torch.bfloat16)
     yield f"{name}.code", state.code.float()
+
+
+def _unpacked(codes: Tensor, state: Any) -> Tensor:
+    """bitsandbytes' 4-bit codes as they were before it packed them for the CPU: uint8 `[rows, columns / 2]`, the first of
+    two in the high half.
+
+    Raises:
+        ValueError: this release packs them in a way that it can't undo.
+    """
+    try:
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as inverse
+    except ImportError:
+        raise ValueError(
+            "model: expected weights that can be compared, but 4-bit ones are packed for this CPU, and this release of "
+            "bitsandbytes does not undo it"
+        ) from None
+
+    def theirs(some: Tensor) -> Tensor:
+        now = copy.copy(state)  # which it writes to
+        now.original_nested, now.original_storage_type, now.original_qshape = False, None, some.shape
+        return inverse(some, now)[0]
+
+    # Theirs goes by way of int32, which takes ten times as long: a minute for a model of 8B.
+    if codes.shape[0] % 32 == 0:
+        found = _halves(codes)
+        if torch.equal(found[:32], theirs(codes[:32])):
+            return found
+    return theirs(codes)
+
+
+def _halves(codes: Tensor) -> Tensor:
+    """Blocks of 32 rows: for each two columns, 32 bytes hold the rows' codes in turn, those of the first 16 rows in their
+    low halves."""
+    rows, half = codes.shape
+    first, second = codes.reshape(-1, half, 16, 2).unbind(-1)
+    low, high = (first & 15) << 4 | (second & 15), (first & 240) | (second >> 4)
+    return torch.cat([low, high], -1).transpose(1, 2).reshape(rows, half)
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------

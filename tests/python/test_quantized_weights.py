@@ -208,3 +208,16 @@ def test_the_plan_before_a_prefill_counts_what_is_unpacked(path, monkeypatch, on
             model(testing.random_ids(1, 200))
     peaks = [plan_call.plan_bytes.peak(*args).bytes for args in found]
     assert peaks[0] - peaks[1] == 4 * 128 * 256 + 4 * 64 * 256
+
+
+def test_another_packing_than_the_one_we_know_is_left_to_bitsandbytes(path, monkeypatch, one_thread):
+    model = made(path, "nf4")
+    before = fingerprint(model.model)
+    with torch.no_grad():
+        model(testing.random_ids(1, 20))
+    if not getattr(model.model.layers[0].mlp.up_proj.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes packs 4-bit weights anew only on CPUs with AVX512-BF16")
+    asked = []
+    monkeypatch.setattr(weights, "_halves", lambda codes: asked.append(codes.shape) or torch.zeros_like(codes))
+    assert fingerprint(model.model) == before
+    assert len(asked) == 14
