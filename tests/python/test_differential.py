@@ -182,8 +182,9 @@ def generate(s: Scenario, model: Any, found: Outcome) -> None:
             if s.again > 1:
                 cache.crop(1 - s.again)
             ids = torch.cat([out.sequences, scenarios.ids_of(s, 3, 1)], dim=1)
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(s.batch, ids.shape[1] - s.length)], dim=1)
+            # Always given: generate makes one up where the model has said the token for padding.
+            mask = scenarios.visible(s).long()
+            mask = torch.cat([mask, mask.new_ones(s.batch, ids.shape[1] - s.length)], dim=1)
     note_cache(found, out.past_key_values, scenarios.visible(s))
 
 
