@@ -1,7 +1,7 @@
 # Everyday commands. PYTHON is the interpreter of the environment you work in (make venv makes one).
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: help venv build cubins wheel test test-rust test-python test-isa test-cuda test-gpu compat lint format types bench demo ci clean
+.PHONY: help venv build cubins wheel sdist test test-rust test-python test-isa test-cuda test-gpu compat lint format types bench demo ci clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -18,8 +18,11 @@ build: ## compile the Rust module into python/llama1m_ext (release profile)
 cubins: ## the CUDA kernels for sm_80 and sm_90a, with a pinned NVRTC from the package index; no CUDA needed
 	$(PYTHON) csrc/build.py
 
-wheel: cubins ## a wheel that carries the cubins, in dist/
-	$(PYTHON) -m maturin build --release --out dist
+wheel: cubins ## a manylinux wheel that carries the cubins, in dist/: for every Python from 3.10 on
+	PATH="$(dir $(abspath $(PYTHON))):$$PATH" $(PYTHON) -m maturin build --release --zig --compatibility manylinux_2_28 --out dist
+
+sdist: ## the source distribution, in dist/
+	$(PYTHON) -m maturin sdist --out dist
 
 test: test-rust test-python ## both suites
 
@@ -45,8 +48,8 @@ test-cuda: ## the CUDA kernels without a GPU: emulated, with planted bugs, throu
 test-gpu: ## all that needs a GPU, from the installed package; see tests/gpu/OWED.md
 	$(PYTHON) -m tests.gpu
 
-compat: ## the suite on the oldest versions supported, in an environment of its own
-	.ci/run oldest
+compat: ## what meets transformers, on each of its releases that we support: prints a table (an hour)
+	$(PYTHON) tests/compat.py
 
 lint: ## what CI refuses: format, clippy, ruff
 	cargo fmt --check

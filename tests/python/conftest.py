@@ -96,6 +96,28 @@ def nan_in_new_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
+def why_no_prefill_chunks() -> str | None:
+    """Some releases of transformers refuse `prefill_chunk_size` with the cache that they make themselves."""
+    from llama1m_ext import testing
+
+    try:
+        with stock():
+            testing.tiny_model().generate(testing.random_ids(1, 20), prefill_chunk_size=8, max_new_tokens=1)
+    except ValueError as e:
+        return str(e)
+    return None
+
+
+def needs_prefill_chunks(wanted: bool = True) -> None:
+    """Skips where transformers itself can't: there is nothing to compare with."""
+    why = why_no_prefill_chunks() if wanted else None
+    if why is not None:
+        import transformers
+
+        pytest.skip(f"transformers {transformers.__version__} itself: {why}")
+
+
+@functools.cache
 def _why_no_fake_gpu() -> str | None:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode

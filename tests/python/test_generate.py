@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import llama1m_ext
-from conftest import stock
+from conftest import needs_prefill_chunks, stock
 from llama1m_ext import testing
 
 GREEDY = {
@@ -94,6 +94,7 @@ def test_left_padded_batch(model, chunk):
     ids=lambda changes: "-".join(changes),
 )
 def test_ways_of_decoding(model, changes):
+    needs_prefill_chunks("prefill_chunk_size" in changes)
     ids = testing.random_ids(1 if "prompt_lookup_num_tokens" in changes else 2, 50, seed=3)
     ours, theirs = both(model, ids, **{**GREEDY, **changes})
     assert torch.equal(ours, theirs)
