@@ -1,6 +1,6 @@
 """The part of the suite that meets transformers, on the newest patch of every minor release that pyproject.toml allows.
 
-    make compat                                  all of them, from nothing; the table goes to .ci/work/compat/table.md
+    make compat                                  all of them, from nothing; the table goes where .ci/run keeps its logs
     python tests/compat.py --versions 5.3,5.4    some, with the torch of the Python that runs this
 
 torch and its CUDA libraries are 5 GB, so they are installed once, in the base: the environment whose Python runs this. Each
