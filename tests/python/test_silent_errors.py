@@ -146,14 +146,23 @@ def test_attention_functions_of_somebody_else(model, where, monkeypatch):
     assert llama1m_ext.stats(model).served == 2
 
 
-def test_hidden_states_then_off_and_on_again(model):
-    """transformers 4 leaves forward functions behind after output_hidden_states; ours of before must not be strangers."""
-    ids = testing.random_ids(1, 30)
-    want = logits(model, ids, output_hidden_states=True)
-    for _ in range(2):
-        with stock():
-            near(logits(model, ids, output_hidden_states=True), want)
-        near(logits(model, ids), want)
+def test_attentions_then_off_and_on_again(model):
+    """transformers 4 leaves forward functions behind after output_attentions and output_hidden_states; ours of before must
+    not be strangers."""
+    ids, every = testing.random_ids(1, 30), {"output_attentions": True, "output_hidden_states": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = logits(model, ids, **every)
+        for _ in range(2):
+            with stock():
+                near(logits(model, ids, **every), want)
+            llama1m_ext.stats(model, reset=True)
+            near(logits(model, ids), want)
+            assert llama1m_ext.stats(model).served == 2
+            logits(model, ids, **every)
+    with stock():
+        pass
+    llama1m_ext.stats(model, reset=True)
     llama1m_ext.set_options(model, chunk=8)
     near(logits(model, ids), want)
     counts = llama1m_ext.stats(model)
