@@ -31,7 +31,7 @@ def run(script: str, *words: str) -> str:
 def test_every_numbered_example_is_run_here():
     scripts = {path.name for path in EXAMPLES.glob("[0-9]*.py")}
     assert scripts == set(WORDS)
-    assert [path.name for path in EXAMPLES.glob("*.ipynb")] == ["04_model_card.ipynb"]
+    assert {path.name for path in EXAMPLES.glob("*.ipynb")} == set(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("script", sorted(WORDS))
@@ -49,20 +49,74 @@ def test_script(script):
         assert "1 prompt was kept" in out
 
 
-def test_notebook(monkeypatch, tmp_path):
-    import nbformat
-    from nbclient import NotebookClient
+# What each notebook prints at 2048 tokens. A notebook that is not named here fails the first test.
+NOTEBOOKS = {
+    "04_model_card.ipynb": ["2048 tokens and"],
+    "06_chat_with_a_book.ipynb": ["4 of 4 right", "nothing on the stock path"],
+    "07_batch_questions.ipynb": ["8 of 8 right; the same answers one by one: True", "on the stock path: nothing"],
+    "08_kv_formats.ipynb": [
+        r"model +\d+ +0.00% +found",
+        r"int8 +\d+ +[0-2]\.\d+% +found",
+        r"int4 +\d+ +\d+\.\d+% +found",
+    ],
+}
 
-    monkeypatch.setenv("TOKENS", "2048")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
-    notebook = nbformat.read(EXAMPLES / "04_model_card.ipynb", as_version=4)
+
+@pytest.fixture
+def execute(monkeypatch, tmp_path):
+    """Runs a notebook, and returns its text."""
+
+    def run(notebook) -> str:
+        from nbclient import NotebookClient
+
+        monkeypatch.setenv("TOKENS", "2048")
+        monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+        monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+        NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        return "".join(output.text for output in outputs if output.output_type == "stream")
+
+    return run
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook(execute, name):
+    import nbformat
+
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "commit notebooks without outputs"
-    NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
-    text = "".join(
-        output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "stream"
+    text = execute(notebook)
+    for words in NOTEBOOKS[name]:
+        assert re.search(words, text), text
+    if name == "08_kv_formats.ipynb":
+        assert any("image/png" in output.get("data", {}) for output in notebook.cells[-1].outputs)
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_the_progress_bar_in_a_notebook(execute, widgets):
+    """A widget where ipywidgets is there, and text where it is not."""
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    prefill = (
+        "import torch, llama1m_ext\nfrom llama1m_ext import testing\nmodel = testing.tiny_model()\n"
+        "llama1m_ext.set_options(model, chunk=16, progress=True)\n"
+        "with torch.no_grad():\n    model(testing.random_ids(1, 60))"
     )
-    assert "2048 tokens and" in text
+    first = "pass" if widgets else "import sys; sys.modules['ipywidgets'] = None"
+    notebook = new_notebook(cells=[new_code_cell(first), new_code_cell(prefill)])
+    text = execute(notebook)
+    shown = [output for output in notebook.cells[1].outputs if output.output_type == "display_data"]
+    assert "Traceback" not in text
+    if widgets:
+        (bar,) = [o for o in shown if "application/vnd.jupyter.widget-view+json" in o.data]
+        assert bar.data["text/plain"].startswith("prefill")
+        states = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"].values()
+        (state,) = [s["state"] for s in states if s["model_name"] == "FloatProgressModel"]
+        assert state["value"] == state["max"] > 0
+        assert state["bar_style"] == "success"
+    else:
+        assert not shown
+        assert re.search(r"prefill 100%\|█+\| 60/60 tokens", text)
 
 
 def test_notebook_and_readme_have_the_card_s_snippets_word_for_word():
