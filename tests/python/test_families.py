@@ -12,7 +12,7 @@ import transformers
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 import llama1m_ext
-from conftest import stock
+from conftest import stock, why_no_prefill_chunks
 from llama1m_ext import families, patch, prefill, testing
 from llama1m_ext.families import FAMILIES, LLAMA
 
@@ -52,7 +52,7 @@ def switched_on(one_thread):
     llama1m_ext.enable()
 
 
-def made(name: str, slides: bool = False, **changes):
+def made(name: str, slides: bool = False, seed: int = 1, **changes):
     """A random model of a family, of 3 layers, all of whose weights matter."""
     family = FAMILIES[name]
     fields = {
@@ -75,7 +75,7 @@ def made(name: str, slides: bool = False, **changes):
     torch.manual_seed(0)
     config = getattr(transformers, f"{family.prefix}Config")(**fields)
     model = getattr(transformers, f"{family.prefix}ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             spread = 0.2 if p.dim() > 1 else 0.3
@@ -169,6 +169,21 @@ def test_generate(name, slides):
             torch.manual_seed(0)
             theirs = model.generate(ids, **given)
         assert torch.equal(ours, theirs), more
+    assert only_ours(model)
+
+
+@pytest.mark.parametrize("name", [name for name in HERE if name in SLIDES])
+def test_ways_that_take_tokens_back(name):
+    """An assistant's tokens that are refused are cut off again, beyond the window too; and chunks of a prompt."""
+    model = made(name, slides=True)
+    ids = testing.random_ids(1, 10).repeat(1, 4)
+    given = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": None}
+    for more in ({"assistant_model": made(name, slides=True, seed=2)}, {"prefill_chunk_size": 7}):
+        if "prefill_chunk_size" in more and why_no_prefill_chunks() is not None:
+            continue
+        ours = model.generate(ids, **given, **more)
+        with stock():
+            assert torch.equal(ours, model.generate(ids, **given, **more)), more
     assert only_ours(model)
 
 
