@@ -473,7 +473,8 @@ def test_a_full_disk(tmp_path, source):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are started without
 from llama1m_ext import convert_weights
 from llama1m_ext.convert import convert
 parts = convert_weights.Weight.parts
