@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -17,8 +18,8 @@ def main() -> None:
 
     at = Path(llama1m_ext.__file__).parent
     files = {str(f) for f in metadata.files("llama1m-ext") or ()}
-    source = Path(__file__).resolve().parents[1]
-    assert source not in at.parents, f"expected an installed package, got the source tree's, {at}"
+    installed = Path(sysconfig.get_path("platlib"))
+    assert at.parent.samefile(installed), f"expected the package installed in {installed}, got {at}"
     for name in ("llama1m_ext/py.typed", "llama1m_ext/_core.pyi", "llama1m_ext/demo/austen.txt.xz"):
         assert name in files, f"the wheel lacks {name}"
     licences = [name for name in files if "/licenses/" in name]
