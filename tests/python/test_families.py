@@ -181,10 +181,22 @@ def test_ways_that_take_tokens_back(name):
     for more in ({"assistant_model": made(name, slides=True, seed=2)}, {"prefill_chunk_size": 7}):
         if "prefill_chunk_size" in more and why_no_prefill_chunks() is not None:
             continue
-        ours = model.generate(ids, **given, **more)
         with stock():
-            assert torch.equal(ours, model.generate(ids, **given, **more)), more
+            theirs = generated(model, ids, **given, **more)
+        ours = generated(model, ids, **given, **more)
+        if isinstance(theirs, str):
+            assert ours == theirs and "Cannot `crop`" in theirs, more  # so some releases before 5.23
+        else:
+            assert torch.equal(ours, theirs), more
     assert only_ours(model)
+
+
+def generated(model, ids, **given):
+    """Tokens, or what transformers says where it can't."""
+    try:
+        return model.generate(ids, **given)
+    except ValueError as e:
+        return str(e)
 
 
 @pytest.mark.parametrize(("name", "slides"), CASES)
