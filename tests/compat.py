@@ -206,7 +206,7 @@ def main() -> None:
     for version in versions:
         kept = options.work / f"{version}.json"
         found = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        if options.again or found.get("tested") != tested:
+        if options.again or found.get("tested") != tested or "passed" not in found:
             at = (options.keep or options.work).resolve() / f"transformers-{version}"
             python = environment(at, version)
             found = {"version": version, "tested": tested, **run_tests(python, at, version, files)}

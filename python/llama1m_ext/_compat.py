@@ -31,6 +31,7 @@ def cropped_length(tokens: int, length: int) -> int:
     Releases with `crop(max_length)` take the new length, or minus the tokens to remove; those with
     `crop(tokens_to_remove)` take only the latter.
     """
+    tokens = int(tokens)  # 5.14's assisted decoding has a tensor
     if tokens > 0 and not _crop_takes_length():
         raise ValueError(
             f"crop: expected minus the number of tokens to remove, got {tokens}; transformers "

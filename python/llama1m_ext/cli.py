@@ -6,6 +6,7 @@ Every command imports what it needs when it runs, so that `llama1m --help` answe
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +25,21 @@ app.add_typer(bench, name="bench")
 cache = typer.Typer(help="Saved caches: what is in a file, and whether it is whole.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
 
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the figures (matplotlib).")]
+
+def _has_a_place(path: Path | None) -> Path | None:
+    """Said before the work, which may take an hour."""
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise typer.BadParameter(f"expected a file in a folder that can be written to, got {path}")
+    return path
+
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.", callback=_has_a_place)
+]
+PlotFile = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE.png", help="Draw the figures (matplotlib).", callback=_has_a_place),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads for both sides. Default: as torch has it.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Alternated rounds; figures are medians.")]
 Dtypes = Annotated[str, typer.Option(help="Comma-separated: bf16, f32, f16.")]

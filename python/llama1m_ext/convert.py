@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import convert_tokenizer, tensorfile
 from .convert_params import ConvertError, Params, config, read
-from .convert_weights import Weight, open_shard, plan, shard_files
+from .convert_weights import Weight, is_tied, open_shard, plan, shard_files
 from .options import parse_bytes
 
 __all__ = ["ConvertError", "Converted", "convert"]
@@ -68,7 +71,8 @@ def convert(
         theta: of the rotary embedding. Default: as in params.json.
         rope_factor: of Llama 3.1's scaling, where params.json asks for it. Default: as there, or 8; Llama 3.2 has 32.
         instruct: the model was trained to chat: an answer ends with <|eot_id|>, and there is a chat template.
-        tied: the output layer is the embedding (Llama 3.2's small ones).
+        tied: the output layer is the embedding (Llama 3.2's small ones), which may be there twice. Default: where both
+            are the same memory.
         shard_size: bytes of a file of weights, about.
 
     Raises:
@@ -96,7 +100,9 @@ def convert(
             f"{convert_tokenizer.N_SPECIAL} special ones, got {params.vocab_size}"
         )
     paths = shard_files(folder)
-    weights = plan(paths, [open_shard(path) for path in paths], params, vocab_size, tied)
+    shards = [open_shard(path) for path in paths]
+    tied = tied or is_tied(shards)
+    weights = plan(paths, shards, params, vocab_size, tied)
     need, free = sum(weight.nbytes for weight in weights) + _SMALL_FILES, shutil.disk_usage(target.parent).free
     if need > free:
         raise OSError(errno.ENOSPC, f"it takes {need} bytes, and {free} are free", str(target.parent))
@@ -121,7 +127,9 @@ def _small_files(
     special, base = convert_tokenizer.special_tokens(v31), len(ranks)
     ends = [convert_tokenizer.EOS, *(["<|eom_id|>"] if v31 else []), convert_tokenizer.EOT]
     stops = [base + special.index(token) for token in (ends if instruct else ends[:1])]
-    dtype = str(weights[0].dtype).removeprefix("torch.")
+    # from_pretrained gives all weights the config's dtype: where they differ, one that rounds none of them.
+    widest = functools.reduce(torch.promote_types, (weight.dtype for weight in weights))
+    dtype = str(widest).removeprefix("torch.")
     settings = config(params, weights[0].shape[0], dtype, max_len, base, stops[-1], tied)
     _write_json(made / "config.json", settings)
     generation: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def read(path: Path, theta: float | None = None, rope_factor: float | None = Non
     def real(name: str, default: float) -> float:
         value = given.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
             raise ConvertError(f"{path}: {name}: expected a number above 0, got {json.dumps(value)[:80]}")
         return float(value)
 
@@ -100,9 +99,13 @@ def read(path: Path, theta: float | None = None, rope_factor: float | None = Non
     hidden = int(2 * (4 * dim) / 3)
     if given.get("ffn_dim_multiplier") is not None:
         hidden = int(real("ffn_dim_multiplier", 1.0) * hidden)
+    if hidden > _LARGEST:
+        raise ConvertError(f"{path}: ffn_dim_multiplier: expected an MLP of at most {_LARGEST}, got {hidden:.3g}")
     scaled = given.get("use_scaled_rope", False)
     if not (scaled is None or isinstance(scaled, bool)):
         raise ConvertError(f"{path}: use_scaled_rope: expected true or false, got {json.dumps(scaled)[:80]}")
+    if rope_factor is not None and not scaled:
+        raise ConvertError(f"{path}: expected use_scaled_rope, as rope_factor={rope_factor} is given, got none")
     return Params(
         dim=dim,
         n_layers=n_layers,

@@ -81,6 +81,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     if taken != set(range(len(ranks))):
         gap = next(rank for rank in range(len(ranks)) if rank not in taken)
         raise ConvertError(f"{path}: expected ranks 0 to {len(ranks) - 1} of {len(ranks)} tokens, got no rank {gap}")
+    for token in sorted({*special_tokens(False), *special_tokens(True)}):
+        if token.encode() in ranks:
+            raise ConvertError(
+                f"{path}: expected special tokens to have ids of their own, got {token} as an ordinary one"
+            )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ConvertError(f"{path}: expected all 256 bytes among {len(ranks)} tokens, got no {bytes(missing[:1])!r}")
@@ -117,7 +122,8 @@ def save(ranks: dict[bytes, int], folder: Path, *, v31: bool, instruct: bool, ma
             processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS}:0 $A:0 {BOS}:1 $B:1", special_tokens=[bos]),
         ]
     )
-    inner.save(str(folder / "tokenizer.json"))
+    # Not inner.save, whose errors are no OSError.
+    (folder / "tokenizer.json").write_text(inner.to_str(pretty=True), encoding="utf-8")
     settings: dict[str, Any] = {
         "added_tokens_decoder": {
             str(len(ranks) + i): {

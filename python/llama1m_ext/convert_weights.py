@@ -6,7 +6,9 @@ a head's rows or some megabytes at a time.
 
 from __future__ import annotations
 
+import errno
 import math
+import mmap
 import pickle
 import re
 from collections.abc import Iterator
@@ -88,7 +90,12 @@ def shard_files(folder: Path) -> list[Path]:
     for path in folder.glob("consolidated.*.pth"):
         match = re.fullmatch(r"consolidated\.(\d+)\.pth", path.name)
         if match is not None:
-            found[int(match[1])] = path
+            rank = int(match[1])
+            if rank in found:
+                raise ConvertError(
+                    f"{folder}: expected one file of rank {rank}, got {found[rank].name} and {path.name}"
+                )
+            found[rank] = path
     if not found:
         raise ConvertError(f"{folder}: expected consolidated.00.pth, got no such file")
     for rank in range(max(found) + 1):
@@ -105,7 +112,7 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         OSError: it can't be read.
     """
     try:
-        found: Any = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        found: Any = _load(path)
     except pickle.UnpicklingError as e:
         why = next((line for line in str(e).splitlines() if "Unsupported" in line or "GLOBAL" in line), str(e)[:200])
         raise ConvertError(f"{path}: expected weights and nothing else: {why.strip()}") from None
@@ -124,8 +131,37 @@ def open_shard(path: Path) -> dict[str, Tensor]:
             raise ConvertError(f"{path}: {name}: expected a dense tensor, got {_what(tensor)}")
         if tensor.dtype not in _DTYPES:
             raise ConvertError(f"{path}: {name}: expected bfloat16, float16 or float32, got {tensor.dtype}")
+        if tensor.is_neg():
+            raise ConvertError(f"{path}: {name}: expected numbers as they are, got a view of their negatives")
         _check_storage(path, name, tensor)
     return {name: tensor.detach() for name, tensor in found.items() if name not in _IGNORED}
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as e:
+        if "unable to mmap" not in str(e) or "memory" not in str(e):
+            raise
+    # Linux allows no private mapping larger than memory and swap together, unless told to overcommit. A shared one is not
+    # counted, but torch makes it writable, as the file must be then; nobody writes to it.
+    try:
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as e:
+        what = f"a file larger than memory can't be mapped, unless it is writable: {str(e)[:200]}"
+        raise OSError(errno.ENOMEM, what, str(path)) from None
+
+
+def is_tied(shards: list[dict[str, Tensor]]) -> bool:
+    """Whether the output layer and the embedding are the same memory in every file, as those of Llama 3.2's small ones."""
+    pairs = [(shard.get("output.weight"), shard.get("tok_embeddings.weight")) for shard in shards]
+    return all(
+        a is not None
+        and b is not None
+        and (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+        for a, b in pairs
+    )
 
 
 def plan(
@@ -137,7 +173,7 @@ def plan(
         paths, shards: from `shard_files`, `open_shard`.
         params: the model.
         vocab_size: rows of the embedding.
-        tied: whether the output layer is the embedding.
+        tied: whether the output layer is the embedding: then it is not there, or has the same numbers.
 
     Raises:
         ConvertError: a tensor is missing, is one too many, or has another shape or dtype than expected.
@@ -193,8 +229,15 @@ def plan(
     weights.append(weight("norm", "model.norm.weight", (dim,), None))
     if not tied:
         weights.append(weight("output", "lm_head.weight", (vocab_size, dim), 0))
-    elif "output.weight" in shards[0]:
-        raise ConvertError(f"{paths[0]}: output.weight: expected none, as the output is to be the embedding")
+    else:
+        for path, shard, rest in zip(paths, shards, left, strict=True):
+            output, table = shard.get("output.weight"), shard["tok_embeddings.weight"]
+            if output is not None and not (output.dtype == table.dtype and torch.equal(output, table)):
+                raise ConvertError(
+                    f"{path}: output.weight: expected the numbers of tok_embeddings.weight, as the output is to be the "
+                    "embedding, got others"
+                )
+            rest.discard("output.weight")
     for path, rest in zip(paths, left, strict=True):
         if rest:
             raise ConvertError(

@@ -34,8 +34,11 @@ _CONFIG = (
 )
 _OF_FAMILIES = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers")
 """Likewise, where a config has them: in what the families differ."""
-# Attributes of transformers' own modules that decide what they compute; all plain ones of other modules count.
+# Attributes of transformers' own modules that decide what they compute; all plain ones of other modules count, but those
+# of torch's that have no bearing on results outside of training.
 _ATTRIBUTES = ("scaling", "variance_epsilon", "attention_scaling", "rope_type", "sliding_window", "use_rope")
+_OF_TORCH = ("torch.nn.modules.", "transformers.activations")
+_TRAINING = ("training", "inplace", "p")
 _RUNS, _RUN = 16, 64 << 10
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -47,7 +50,8 @@ class Identity:
     Attributes:
         config: shapes, activation, epsilon.
         rope: theta, scaling, and the frequencies that follow from them.
-        modules: their types, and what decides how foreign ones compute (an adapter that is switched off).
+        modules: their types, what decides how foreign ones compute (an adapter that is switched off), and the names of what
+            was put around or in the place of their forward.
         dtype: of the weights.
         weights: every bit of them.
     """
@@ -90,7 +94,7 @@ class Identity:
             found += _differences(self.rope, other.rope)
         for name, of in (
             ("dtype", "dtype of the weights"),
-            ("modules", "the modules (an adapter?)"),
+            ("modules", "the modules (an adapter, a hook?)"),
             ("weights", "the weights"),
         ):
             if getattr(self, name) != getattr(other, name):
@@ -257,7 +261,9 @@ def _modules(model: Any) -> str:
         kind = type(module)
         where = f"{kind.__module__}.{kind.__qualname__}"
         attributes = vars(module)
-        if where.startswith(STOCK):
+        if where.startswith(_OF_TORCH):
+            found = {key: x for key, x in attributes.items() if key not in _TRAINING and not key.startswith("_")}
+        elif where.startswith(STOCK):
             found = {key: attributes[key] for key in _ATTRIBUTES if key in attributes}
         else:
             found = {
@@ -267,7 +273,32 @@ def _modules(model: Any) -> str:
             key: value for key, value in ((key, _plain(value)) for key, value in found.items()) if value is not None
         }
         digest.update(f"{name} {where} {json.dumps(words, sort_keys=True)}\n".encode())
+        for around in _around(name, module):
+            digest.update(f"{name} {around}\n".encode())
     return digest.hexdigest()
+
+
+def _around(name: str, module: Any) -> Iterator[str]:
+    """Names of functions that may change what a module computes: hooks, and a forward of its own. What they do can't be
+    told: another one of the same name is taken for the same."""
+    from . import _compat
+    from .call import own_forward  # which needs transformers
+
+    for hook in module._forward_pre_hooks.values():
+        yield f"before {_name(hook)}"
+    if name:  # the model's own result is no key and no value
+        for hook in module._forward_hooks.values():
+            if not _compat.is_capturing_hook(hook):
+                yield f"after {_name(hook)}"
+    if "_hf_hook" not in vars(module) or weights.hooks_of(module) is None:
+        forward = own_forward(module)
+        if forward is not None:
+            yield f"forward {_name(forward)}"
+
+
+def _name(function: Any) -> str:
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import memory
+from .weights import hooks_of
 
 
 def device_of(module: Any, default: torch.device) -> torch.device:
@@ -16,7 +17,9 @@ def device_of(module: Any, default: torch.device) -> torch.device:
     Args:
         default: of a module that has neither.
     """
-    where = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
+    # Of several in a sequence the last one moves last.
+    moves = [getattr(hook, "execution_device", None) for hook in hooks_of(module) or (module.__dict__.get("_hf_hook"),)]
+    where = next((device for device in reversed(moves) if device is not None), None)
     if where is not None:
         return torch.device(where if not isinstance(where, int) else f"cuda:{where}")
     first = next(module.parameters(), None)

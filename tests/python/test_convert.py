@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import mmap
 import os
 import pickle
 import signal
@@ -30,7 +31,7 @@ def tokens(n: int = 40) -> torch.Tensor:
     return torch.randint(0, 384, (2, n), generator=torch.Generator().manual_seed(1))
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32):
+def load(folder: Path, dtype: torch.dtype | str = torch.float32):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype).eval()
@@ -130,6 +131,66 @@ def test_an_output_that_is_the_embedding(tmp_path, source):
     truth = original.reference({**whole, "output.weight": whole["tok_embeddings.weight"]}, tokens())
     with stock(), torch.no_grad():
         assert error(load(tmp_path / "hf")(tokens()).logits, truth) < 1e-5 * truth.std()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_embedding_that_is_there_twice(tmp_path, n):
+    """Once in the file, by two names: that is seen. Two copies: what is asked for decides, where they are alike."""
+    source = tmp_path / "original"
+    whole = original.checkpoint(source, n)
+    want = original.reference({**whole, "output.weight": whole["tok_embeddings.weight"]}, tokens())
+    paths = sorted(source.glob("*.pth"))
+    for path in paths:
+        shard = torch.load(path, weights_only=True)
+        torch.save({**shard, "output.weight": shard["tok_embeddings.weight"]}, path)
+    made = convert(source, tmp_path / "seen")
+    assert made.config["tie_word_embeddings"] is True
+    for path in paths:
+        shard = torch.load(path, weights_only=True)
+        torch.save({**shard, "output.weight": shard["tok_embeddings.weight"].clone()}, path)
+    assert convert(source, tmp_path / "apart").config["tie_word_embeddings"] is False
+    assert convert(source, tmp_path / "asked", tied=True).nbytes == made.nbytes
+    for name in ("seen", "apart", "asked"):
+        with stock(), torch.no_grad():
+            assert error(load(tmp_path / name)(tokens()).logits, want) < 1e-5 * want.std()
+    shard = torch.load(paths[-1], weights_only=True)
+    shard["output.weight"] = shard["output.weight"] + 1
+    torch.save(shard, paths[-1])
+    with pytest.raises(ConvertError, match=r"output\.weight: expected the numbers of tok_embeddings\.weight"):
+        convert(source, tmp_path / "other", tied=True)
+
+
+def test_dtypes_that_differ_are_not_rounded(tmp_path, source):
+    whole = torch.load(source / "consolidated.00.pth", weights_only=True)
+    whole["tok_embeddings.weight"] = whole["tok_embeddings.weight"].bfloat16()
+    torch.save(whole, source / "consolidated.00.pth")
+    assert convert(source, tmp_path / "hf").config["torch_dtype"] == "float32"
+    assert torch.equal(load(tmp_path / "hf", "auto").lm_head.weight, whole["output.weight"])
+
+
+def test_a_file_larger_than_may_be_mapped(tmp_path, source, monkeypatch):
+    """Linux refuses a private mapping larger than memory and swap: a shared one is made then."""
+    path, load, flags = source / "consolidated.00.pth", torch.load, []
+
+    def strict(*args, **given):
+        flags.append(torch.serialization.get_default_mmap_options())
+        if flags[-1] != mmap.MAP_SHARED:
+            raise RuntimeError("unable to mmap 32212254720 bytes from file <x>: Cannot allocate memory (12)")
+        return load(*args, **given)
+
+    monkeypatch.setattr(convert_weights.torch, "load", strict)
+    before = path.read_bytes()
+    convert(source, tmp_path / "hf")
+    assert flags == [mmap.MAP_PRIVATE, mmap.MAP_SHARED]
+    assert torch.serialization.get_default_mmap_options() == mmap.MAP_PRIVATE
+    assert path.read_bytes() == before
+
+    def never(*args, **given):
+        raise RuntimeError("unable to mmap 32212254720 bytes from file <x>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(convert_weights.torch, "load", never)
+    with pytest.raises(OSError, match="larger than memory can't be mapped"):
+        convert(source, tmp_path / "hf2")
 
 
 def test_an_embedding_cut_along_its_other_axis(tmp_path):
@@ -277,6 +338,10 @@ def params_with(source: Path, **changes) -> None:
         ({"multiple_of": 256}, r"feed_forward.w1.weight: expected shape \(256, 64\), got \(224, 64\)"),
         ({"vocab_size": 32000}, "expected vocab_size=640, as the tokenizer has 384 tokens and 256 special ones, got 32000"),
         ({"rope_theta": "big"}, "rope_theta: expected a number above 0"),
+        ({"rope_theta": 10**400}, "rope_theta: expected a number above 0"),
+        ({"norm_eps": 10**400}, "norm_eps: expected a number above 0"),
+        ({"ffn_dim_multiplier": 1e29}, "ffn_dim_multiplier: expected an MLP of at most"),
+        ({"ffn_dim_multiplier": 1e308}, "ffn_dim_multiplier: expected a number above 0"),
         ({"use_scaled_rope": "yes"}, "use_scaled_rope: expected true or false"),
         ({"moe_args": {"num_experts": 16}}, "expected a Llama 3's parameters, got moe_args"),
     ],
@@ -286,6 +351,17 @@ def test_params_that_are_wrong(tmp_path, source, changes, message):
     with pytest.raises(ConvertError, match=message):
         convert(source, tmp_path / "hf")
     assert nothing_left(tmp_path, "original")
+
+
+def test_a_factor_without_scaled_frequencies(tmp_path, source):
+    with pytest.raises(ConvertError, match="expected use_scaled_rope, as rope_factor=32 is given"):
+        convert(source, tmp_path / "hf", rope_factor=32)
+
+
+def test_two_files_of_a_rank(tmp_path, source):
+    (source / "consolidated.0.pth").write_bytes((source / "consolidated.00.pth").read_bytes())
+    with pytest.raises(ConvertError, match="expected one file of rank 0, got consolidated"):
+        convert(source, tmp_path / "hf")
 
 
 def test_params_that_may_be_left_out(tmp_path, source):
@@ -337,6 +413,7 @@ WQ = "layers.0.attention.wq.weight"
         (lambda t: {**t, WQ: t[WQ][:, :0]}, r"wq.weight: expected \(64, 0\) elements"),
         (lambda t: {**t, WQ: t[WQ].view(32, 128)}, r"wq.weight: expected shape \(64, 64\), got \(32, 128\)"),
         (lambda t: {k: v for k, v in t.items() if k != WQ}, "wq.weight: expected shape .*, got no such tensor"),
+        (lambda t: {**t, WQ: torch._neg_view(t[WQ])}, "wq.weight: expected numbers as they are, got a view"),
         (lambda t: {**t, "lora_A.weight": t[WQ]}, "got lora_A.weight as well"),
     ],
 )  # fmt: skip
@@ -405,6 +482,7 @@ def test_more_shards_than_heads_of_keys(tmp_path):
         (lambda lines: [*lines, b"Q1FDUUM= 7\n"], "line 385: expected a new token and a new rank, got rank 7 again"),
         (lambda lines: [b"QQ== 0 1"], "line 1: expected a token in base64"),
         (lambda lines: lines[:-1], "expected vocab_size=639"),
+        (lambda lines: [*lines, b"PHxlb3RfaWR8Pg== 384\n"], r"got <\|eot_id\|> as an ordinary one"),
     ],
 )  # fmt: skip
 def test_tokenizers_that_are_wrong(tmp_path, source, change, message):
@@ -455,8 +533,9 @@ FULL = """
 import resource, signal, sys
 from llama1m_ext.convert import convert
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-source, destination = sys.argv[1:]
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+source, destination, limit = sys.argv[1:]
+limit = int(limit)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
     convert(source, destination)
 except OSError as e:
@@ -464,10 +543,11 @@ except OSError as e:
 """
 
 
-def test_a_full_disk(tmp_path, source):
-    answer = subprocess.run(
-        [sys.executable, "-c", FULL, source, tmp_path / "hf"], capture_output=True, encoding="utf-8", timeout=120
-    )
+@pytest.mark.parametrize("limit", [1_000, 20_000, 100_000])
+def test_a_full_disk(tmp_path, source, limit):
+    """While config.json, tokenizer.json or the weights are written."""
+    words = [sys.executable, "-c", FULL, source, tmp_path / "hf", str(limit)]
+    answer = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=120)
     assert answer.stdout.startswith("OSError [Errno 27] File too large"), answer.stdout + answer.stderr
     assert nothing_left(tmp_path, "original")
 
@@ -529,3 +609,24 @@ def test_the_command(tmp_path, source):
     answer = llama1m(tmp_path / "no", tmp_path / "hf2")
     assert answer.returncode == 1
     assert "expected a folder with params.json" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_the_command_s_other_options(tmp_path):
+    """Llama 3.2's small ones: scaled by 32, and the output is the embedding, in the file by two names."""
+    params = {**original.PARAMS, "use_scaled_rope": True}
+    whole = original.checkpoint(tmp_path / "o", params=params)
+    tensors = {**whole, "output.weight": whole["tok_embeddings.weight"]}
+    torch.save(tensors, tmp_path / "o" / "consolidated.00.pth")
+    file = (tmp_path / "o" / "tokenizer.model").rename(tmp_path / "t.model")
+    answer = llama1m(
+        tmp_path / "o", tmp_path / "hf", "--tied", "--rope-factor", "32", "--base", "--tokenizer", str(file)
+    )
+    assert answer.returncode == 0, answer.stderr
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))
+    assert settings["tie_word_embeddings"] is True
+    assert settings["rope_scaling"]["factor"] == 32
+    truth = original.reference(tensors, tokens(), {**params, "rope_scaling_factor": 32})
+    with stock(), torch.no_grad():
+        assert error(load(tmp_path / "hf")(tokens()).logits, truth) < 1e-5 * truth.std()
+    words = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert "chat_template" not in words
