@@ -81,10 +81,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     if taken != set(range(len(ranks))):
         gap = next(rank for rank in range(len(ranks)) if rank not in taken)
         raise ConvertError(f"{path}: expected ranks 0 to {len(ranks) - 1} of {len(ranks)} tokens, got no rank {gap}")
-    for token in sorted({*special_tokens(False), *special_tokens(True)}):
-        if token.encode() in ranks:
+    for special in sorted({*special_tokens(False), *special_tokens(True)}):
+        if special.encode() in ranks:
             raise ConvertError(
-                f"{path}: expected special tokens to have ids of their own, got {token} as an ordinary one"
+                f"{path}: expected special tokens to have ids of their own, got {special} as an ordinary one"
             )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:

@@ -86,7 +86,7 @@ def shard_files(folder: Path) -> list[Path]:
     Raises:
         ConvertError: there are none, or one is missing.
     """
-    found = {}
+    found: dict[int, Path] = {}
     for path in folder.glob("consolidated.*.pth"):
         match = re.fullmatch(r"consolidated\.(\d+)\.pth", path.name)
         if match is not None:
