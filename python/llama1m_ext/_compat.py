@@ -42,6 +42,20 @@ def cropped_length(tokens: int, length: int) -> int:
     return min(tokens, length) if _crop_takes_length() else length
 
 
+@functools.cache
+def cache_name() -> str:
+    """What forwards and outputs call the cache: 5.24 renamed `past_key_values`, and warns of the old name."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    fields = inspect.signature(BaseModelOutputWithPast).parameters
+    return "cache" if "cache" in fields else "past_key_values"
+
+
+def given_cache(given: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, by this release's name for it or by the older one."""
+    return given.get(cache_name(), given.get("past_key_values"))
+
+
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +172,7 @@ def generate(original: Callable[..., Any], owner: Any) -> Callable[..., Any]:
         if V5 and isinstance(inputs, Mapping):
             kwargs = {**inputs, **kwargs}
             inputs = None
-        cache: Any = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         if hasattr(cache, "warn_of_other_tokens"):
             cache.warn_of_other_tokens(kwargs.get("input_ids") if inputs is None else inputs)
         return super(owner, self).generate(inputs, *args, **kwargs)

@@ -33,6 +33,7 @@ _KNOWN = {
     "attention_mask",
     "position_ids",
     "past_key_values",
+    _compat.cache_name(),
     "inputs_embeds",
     "use_cache",
     "cache_position",
@@ -59,7 +60,7 @@ class Call:
         layers: its decoder layers.
         windows: how many keys a query sees, of each layer; None: all before it.
         batch, q_len, past_len: shape of the call; `past_len` tokens are in the cache already.
-        cache: what the layers get as `past_key_values`, or None.
+        cache: what the layers get as `past_key_values` (`cache`), or None.
         cache_layers: what each layer's keys and values go to, or None.
         pages: those of them that keep all of it in pages, or None.
         intervals: visible keys of each batch row.
@@ -276,7 +277,7 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
         return reason
 
     # The order of transformers: make a cache, look at its length, then at positions and the mask.
-    cache = given.get("past_key_values")
+    cache = _compat.given_cache(given)
     use_cache = given.get("use_cache")
     if cache is None and (config.use_cache if use_cache is None else use_cache):
         cache = DynamicCache(config=config)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
-from . import memory
+from . import _compat, memory
 from .cache import LongCache
 from .call import KEEP
 from .meta_llama import FACE
@@ -147,7 +147,8 @@ class Face:
         cache = self._cache(batch, start_pos)
         more: dict[str, Any] = {KEEP: 1 if last_only else 0}
         with _with_options(self.model, agreed):
-            hidden = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **more).last_hidden_state
+            more[_compat.cache_name()] = cache
+            hidden = self.model(input_ids=tokens, use_cache=True, **more).last_hidden_state
         return self._logits(hidden[:, -1:] if last_only else hidden)
 
     def _agreed(self, batch: int, device: torch.device) -> Options:

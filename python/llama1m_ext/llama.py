@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda, offload, ops, stock_path, window
+from . import _compat, cuda, offload, ops, stock_path, window
 from .cache import PagedLayer
 from .call import DTYPES, MARK, Call
 from .formats import Page
@@ -35,7 +35,7 @@ def attention_forward(original: Forward, owner: type) -> Forward:
         call = kwargs.get("attention_mask")
         if type(call) is not Call:
             return original(self, *args, **kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = _compat.given_cache(kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if not torch.compiler.is_compiling():
             layer = None if cache is None or call.cache_layers is None else call.cache_layers[self.layer_idx]

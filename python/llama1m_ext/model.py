@@ -92,14 +92,15 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
         call.begin(hidden)
         for page in call.pages or ():
             page.expect(call.past_len + call.q_len, call.scratch)
-        more = {} if places is None else {"cache_position": places}
+        more = {_compat.cache_name(): call.cache}
+        if places is not None:
+            more["cache_position"] = places
         seen = [hidden]
         for layer in call.layers:
             hidden = layer(
                 hidden,
                 attention_mask=call,
                 position_ids=call.position_ids,
-                past_key_values=call.cache,
                 use_cache=call.cache is not None,
                 position_embeddings=call.rope,
                 **more,
@@ -120,7 +121,7 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
     if not call.kind.family.returns_unused_cache:
         used = given.get("use_cache")
         cache = cache if (config.use_cache if used is None else used) else None
-    result = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
+    result = BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states, **{_compat.cache_name(): cache})
     as_dict = given.get("return_dict")
     as_dict = getattr(config, "return_dict", True) if as_dict is None else as_dict
     return result if as_dict else result.to_tuple()

@@ -39,7 +39,7 @@ def repaired(model: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
     if _compat.keeps_packed_apart() or model.config._attn_implementation != "sdpa":
         return None
     use_cache = given.get("use_cache")
-    cached = given.get("past_key_values") is not None or (model.config.use_cache if use_cache is None else use_cache)
+    cached = _compat.given_cache(given) is not None or (model.config.use_cache if use_cache is None else use_cache)
     if cached or given.get("attention_mask") is not None or not isinstance(places, Tensor) or source is None:
         return None
     if places.dim() != 2 or places.shape[1] != source.shape[1] or not bool((places.diff(dim=1) != 1).any()):
@@ -83,7 +83,7 @@ def check_room(model: Any, reason: str, given: Mapping[str, Any]) -> None:
 
 def _keys(given: Mapping[str, Any], q_len: int) -> int:
     """How many keys the queries are compared with."""
-    mask, cache = given.get("attention_mask"), given.get("past_key_values")
+    mask, cache = given.get("attention_mask"), _compat.given_cache(given)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         q_len = max(q_len, mask.shape[-1])
     layers = getattr(cache, "layers", None)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import llama1m_ext
-from llama1m_ext import testing
+from llama1m_ext import _compat, testing
 
 LAYERS = 8
 CHUNK = 128
@@ -56,7 +56,7 @@ def read(model, ids, cache=None, **more):
     """The logits of the last token; the attention calls that it took."""
     llama1m_ext.stats(model, reset=True)
     with torch.no_grad():
-        out = model(ids, past_key_values=cache, logits_to_keep=1, **more).logits
+        out = model(ids, logits_to_keep=1, **{_compat.cache_name(): cache}, **more).logits
     return out, llama1m_ext.stats(model).served
 
 

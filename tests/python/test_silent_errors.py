@@ -32,12 +32,13 @@ import transformers
 
 import llama1m_ext
 from conftest import stock
-from llama1m_ext import LongCache, ops, testing
+from llama1m_ext import LongCache, _compat, ops, testing
 from llama1m_ext.formats import KvFormat
 from llama1m_ext.pages import PagedLayer
 from test_differential import exact
 from test_generate import GREEDY
 
+CACHE = _compat.cache_name()
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -299,11 +300,11 @@ def test_a_cache_of_other_tokens(model, tmp_path, loaded):
     other = torch.cat([ids, ids[:, :5]], dim=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.generate(other, past_key_values=copy.deepcopy(cache), **GREEDY)
-        model.generate(input_ids=other, past_key_values=copy.deepcopy(cache), **GREEDY)
+        model.generate(other, **{CACHE: copy.deepcopy(cache)}, **GREEDY)
+        model.generate(input_ids=other, **{CACHE: copy.deepcopy(cache)}, **GREEDY)
     other[0, 17] += 1
     with pytest.warns(UserWarning, match="first 40 tokens of input_ids in the cache, got others from token 17 on"):
-        model.generate(other, past_key_values=copy.deepcopy(cache), **GREEDY)
+        model.generate(other, **{CACHE: copy.deepcopy(cache)}, **GREEDY)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 import llama1m_ext
 from conftest import stock
-from llama1m_ext import LongCache, testing
+from llama1m_ext import LongCache, _compat, testing
 from test_generate import GREEDY, left_padded
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -242,3 +242,27 @@ def test_copies_go_their_own_ways(model):
         for tail, logits in zip(tails, found, strict=True):
             want = model(torch.cat([prompt, tail], dim=1)).logits[:, 40:]
             torch.testing.assert_close(torch.cat(logits, 1), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["LongCache", "DynamicCache"])
+def test_the_cache_by_this_release_s_name(model, kind):
+    """5.24 renamed `past_key_values`. Its own name is served without a word, the older one as well, positions included."""
+    name, ids = _compat.cache_name(), testing.random_ids(1, 24)
+    made = {"LongCache": LongCache, "DynamicCache": lambda: DynamicCache(config=model.config)}[kind]
+    assert (name == "cache") == hasattr(transformers.modeling_outputs.BaseModelOutputWithPast(), "cache")
+    with stock(), torch.no_grad():
+        want = model(ids).logits[:, -1]
+    for by in (name, "past_key_values"):
+        cache = made()
+        llama1m_ext.stats(model, reset=True)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error" if by == name else "ignore")
+            first = model(ids[:, :16], use_cache=True, **{by: cache})
+            assert first[name] is cache and getattr(first, name) is cache
+            got = model(ids[:, 16:], **{by: cache}).logits[:, -1]
+            inner = model.model(ids[:, :1], None, None, cache)  # by position, too
+        assert inner[name] is cache and cache.get_seq_length() == 25
+        assert not llama1m_ext.stats(model).stock and llama1m_ext.stats(model).served == 3 * len(model.model.layers)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    out = model.generate(ids, return_dict_in_generate=True, **MORE)
+    assert out[name].get_seq_length() == out.sequences.shape[1] - 1

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama1m_ext import _compat
 from llama1m_ext.bench.kv import llama_like
 from llama1m_ext.bench.kv_variants import Variant, errors, variants
 from llama1m_ext.formats import GROUP
@@ -77,7 +78,7 @@ def _after(model: Any, cache: Any, ids: list[int]) -> Tensor:
     """float32 logits `[n, vocabulary]` of ids that follow what the cache holds."""
     cache = copy.deepcopy(cache)
     with torch.inference_mode():
-        return model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0].float()
+        return model(torch.tensor([ids]), use_cache=True, **{_compat.cache_name(): cache}).logits[0].float()
 
 
 def read(model: Any, ids: list[int], kv: str) -> Any:
@@ -86,7 +87,7 @@ def read(model: Any, ids: list[int], kv: str) -> Any:
 
     cache = LongCache(kv=kv)
     with torch.inference_mode():
-        model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(torch.tensor([ids]), use_cache=True, logits_to_keep=1, **{_compat.cache_name(): cache})
     return cache
 
 
