@@ -56,7 +56,7 @@ def heat_map(
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("accuracy", _COLOURS)
-    colours.set_bad("#d8d8d8")
+    axes.set_facecolor("#d8d8d8")  # where there is nothing
     shares = [[float("nan") if value is None else value for value in row] for row in values]
     image = axes.imshow(shares, cmap=colours, vmin=0, vmax=1, aspect="auto")
     for i, row in enumerate(values):

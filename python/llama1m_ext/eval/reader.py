@@ -161,7 +161,7 @@ class Reader:
         if kept < len(self._ids):
             try:
                 self._cache.crop(kept - len(self._ids))
-            except (NotImplementedError, ValueError):  # a sliding window has forgotten what would be needed
+            except (RuntimeError, ValueError):  # a sliding window has forgotten what would be needed
                 self.forget()
                 return 0
             self._ids = self._ids[:kept]
