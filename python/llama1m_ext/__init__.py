@@ -11,6 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from . import patch as _patch
+from .extension import Extension, extend
 from .options import Options, options, set_options
 from .patch import disable, enable, patch_model
 from .plan import Plan, plan
@@ -19,13 +20,14 @@ from .remember import forget, remember
 from .stats import Stats, stats
 
 if TYPE_CHECKING:
-    from . import cache, cuda, ops, saved
+    from . import cache, cuda, ops, rope, saved
     from .cache import LongCache
 
     __version__: str
 
 __all__ = [
     "DoesNotFit",
+    "Extension",
     "LongCache",
     "Options",
     "Plan",
@@ -35,12 +37,14 @@ __all__ = [
     "cuda",
     "disable",
     "enable",
+    "extend",
     "forget",
     "ops",
     "options",
     "patch_model",
     "plan",
     "remember",
+    "rope",
     "saved",
     "set_options",
     "stats",
@@ -49,7 +53,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What imports torch, transformers or the core waits until it is asked for (PEP 562).
-    if name in ("ops", "cache", "cuda", "saved", "testing"):
+    if name in ("ops", "cache", "cuda", "rope", "saved", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     if name == "LongCache":
         return importlib.import_module(f"{__name__}.cache").LongCache

@@ -92,6 +92,52 @@ def original_max_len(rotary: Any) -> int:
     return getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
 
 
+def read_rope(config: Any) -> dict[str, Any]:
+    """What a config says of the rotation, in 5's words: rope_type, rope_theta, and what that type needs. A copy.
+
+    Raises:
+        ValueError: it says nothing, or something else for each type of layer.
+    """
+    parameters = getattr(config, "rope_parameters", None)  # since 5.0
+    if not isinstance(parameters, Mapping):
+        parameters = {
+            "rope_theta": getattr(config, "rope_theta", None),
+            **(getattr(config, "rope_scaling", None) or {}),
+        }
+    found = {name: value for name, value in parameters.items() if value is not None}
+    found.setdefault("rope_type", found.get("type", "default"))
+    found.pop("type", None)
+    if any(isinstance(value, Mapping) for value in found.values()):
+        raise ValueError(f"config: expected one rotation for all layers, got {', '.join(map(str, parameters))}")
+    if not isinstance(found.get("rope_theta"), (int, float)):
+        raise ValueError(f"config: expected rope_theta, a number, got {found.get('rope_theta')!r}")
+    return found
+
+
+def write_rope(config: Any, rope: Mapping[str, Any]) -> None:
+    """The opposite of `read_rope`, where this transformers keeps it. `rope_theta` of 4.x is written by 5 as well: 4 doesn't
+    see `rope_parameters`, and would rotate what 5 saved by a theta of 10000."""
+    theta = float(rope["rope_theta"])
+    config.rope_theta = theta
+    if V5:
+        config.rope_parameters = {**rope, "rope_theta": theta}
+    else:
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        config.rope_scaling = None if scaling == {"rope_type": "default"} else scaling
+
+
+def renew_rotary(rotary: Any) -> None:
+    """Makes a rotary module what its config now says, in place and where it is. Hooks of accelerate's stay on it."""
+    with torch.device("cpu"):
+        fresh = type(rotary)(rotary.config)
+    device = rotary.inv_freq.device
+    for name, buffer in fresh._buffers.items():
+        rotary.register_buffer(name, None if buffer is None else buffer.to(device), persistent=False)
+    for name, value in vars(fresh).items():
+        if not name.startswith("_") and name not in ("training", "config"):
+            rotary.__dict__[name] = rotary.inv_freq if value is fresh.inv_freq else value
+
+
 def is_capturing_hook(hook: Any) -> bool:
     """Whether a forward hook is one of those that 5.x installs for output_hidden_states, and leaves there, asleep."""
     return getattr(hook, "__name__", "") == "output_capturing_hook" and hook.__module__.startswith("transformers.")

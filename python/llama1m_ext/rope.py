@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compat, ops
+from . import ops
 from .families import classes_of
+from .theta import schedule, slow_pairs, theta_for
+
+__all__ = ["Rope", "Still", "frequencies", "schedule", "slow_pairs", "theta_for"]
 
 ATTRIBUTE = "_llama1m_inv_freq"
 
@@ -150,6 +153,8 @@ def _uncast(rotary: Any, buffer: Tensor, length: int | None) -> Tensor:
     A logit is off by 0.23 of its spread at distance 1000 otherwise, and by 0.85 at 2^20. A float32 buffer is believed,
     unless it is what such a cast and one back leave.
     """
+    from . import _compat  # transformers, which who asks for a theta need not wait for
+
     seq_len: int | None = None
     if "dynamic" in rotary.rope_type:
         grown = int(rotary.max_seq_len_cached)
