@@ -1,0 +1,24 @@
+"""Training at length: a loss whose memory is known, and progressive extension of a Llama's context, stage by stage."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cross_entropy import linear_cross_entropy
+    from .forward import Trainee, loss
+
+_FROM = {"linear_cross_entropy": "cross_entropy", "Trainee": "forward", "loss": "forward"}
+__all__ = ["Trainee", "linear_cross_entropy", "loss"]
+
+
+def __getattr__(name: str) -> Any:
+    # What imports torch and transformers waits until it is asked for (PEP 562).
+    if name in _FROM:
+        return getattr(importlib.import_module(f"{__name__}.{_FROM[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
