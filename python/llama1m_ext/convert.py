@@ -6,13 +6,10 @@ anything is written, and the folder gets its name when it is whole.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import json
 import os
-import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import convert_tokenizer, tensorfile
+from . import convert_tokenizer, folders, tensorfile
 from .convert_params import ConvertError, Params, config, read
 from .convert_weights import Weight, is_tied, open_shard, plan, shard_files
 from .options import parse_bytes
@@ -107,7 +104,7 @@ def convert(
     if need > free:
         raise OSError(errno.ENOSPC, f"it takes {need} bytes, and {free} are free", str(target.parent))
 
-    with _becoming(target) as made:
+    with folders.becoming(target) as made:
         settings = _small_files(made, params, ranks, weights, max_len, instruct, tied)
         files = _groups(weights, limit)
         _write_weights(made, files)
@@ -198,51 +195,3 @@ def _tokenizer(folder: Path, given: str | os.PathLike[str] | None) -> Path:
 
 def _write_json(path: Path, body: dict[str, Any]) -> None:
     path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _becoming(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, which becomes it in the end. A failure, or Ctrl-C, removes it; what a process
-    that was killed has left goes when the next one begins."""
-    _sweep(target)
-    made = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    made.mkdir()
-    held = os.open(made, os.O_RDONLY)
-    try:
-        tensorfile.lock(held)  # nobody sweeps it away as long as this process lives
-        yield made
-        for path in made.iterdir():
-            _sync(path)
-        _sync(made)
-        if os.path.lexists(target):  # since the start; os.rename would replace an empty folder
-            raise FileExistsError(errno.EEXIST, "somebody else made it meanwhile", str(target))
-        os.rename(made, target)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
-    finally:
-        os.close(held)
-    _sync(target.parent)
-
-
-def _sweep(target: Path) -> None:
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.tmp")
-    for path in target.parent.iterdir():
-        if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDONLY)
-                try:
-                    if tensorfile.lock(fd):
-                        shutil.rmtree(path)
-                finally:
-                    os.close(fd)
-
-
-def _sync(path: Path) -> None:
-    """On the disk before the name is: a crash of the machine leaves no hollow file."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not all systems can, for folders
-            os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -8,9 +8,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cross_entropy import linear_cross_entropy
     from .forward import Trainee, loss
+    from .loop import Result, Step, extend
+    from .signals import Interrupted
+    from .stages import Lora, Run, Settings, Stage, StagesError
 
-_FROM = {"linear_cross_entropy": "cross_entropy", "Trainee": "forward", "loss": "forward"}
-__all__ = ["Trainee", "linear_cross_entropy", "loss"]
+_FROM = {
+    "Interrupted": "signals",
+    "Lora": "stages",
+    "Result": "loop",
+    "Run": "stages",
+    "Settings": "stages",
+    "Stage": "stages",
+    "StagesError": "stages",
+    "Step": "loop",
+    "Trainee": "forward",
+    "extend": "loop",
+    "linear_cross_entropy": "cross_entropy",
+    "loss": "forward",
+}
+__all__ = [
+    "Interrupted",
+    "Lora",
+    "Result",
+    "Run",
+    "Settings",
+    "Stage",
+    "StagesError",
+    "Step",
+    "Trainee",
+    "extend",
+    "linear_cross_entropy",
+    "loss",
+]
 
 
 def __getattr__(name: str) -> Any:
