@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .train import cli as train_cli
+
 app = typer.Typer(
     name="llama1m",
     help="Exact attention at 1,048,576 tokens for Llama in transformers.",
@@ -24,6 +26,7 @@ bench = typer.Typer(help="Our attention beside torch's, in one process, alternat
 app.add_typer(bench, name="bench")
 cache = typer.Typer(help="Saved caches: what is in a file, and whether it is whole.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
+train_cli.register(app)
 
 
 def _has_a_place(path: Path | None) -> Path | None:

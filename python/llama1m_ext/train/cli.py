@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
 
 def extend(
     model: Annotated[str, typer.Argument(help="A folder, or a name on the hub.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The run's folder: new or empty, unless it goes on.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run's folder: new or empty, unless it goes on.")
+    ] = None,
     stages: Annotated[
         str | None, typer.Option(metavar="FILE.toml", help="Stages. Default: the model card's, gradient-1048k.")
     ] = None,
@@ -30,8 +32,10 @@ def extend(
     eval_text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="After each stage: perplexity of this text, by position.")
     ] = None,
-    eval_tokens: Annotated[int, typer.Option(min=2, help="So many tokens of it. Default: the stage's length.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights: bfloat16 or float32. Default: as the stages say.")] = None,
+    eval_tokens: Annotated[int, typer.Option(min=0, help="So many tokens of it. Default: the stage's length.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: bfloat16 or float32. Default: as the stages say.")
+    ] = None,
     keep: Annotated[
         str | None, typer.Option(help="What layers keep for backward: auto, all, attention, inputs.")
     ] = None,
@@ -48,11 +52,13 @@ def extend(
     from llama1m_ext.plan_choice import DoesNotFit
 
     given = {"dtype": dtype, "keep": keep, "offload": offload}
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
         if plan:
             _plan(model, stages, settings, memory, json_file)
             return
+        if out is None:
+            raise typer.BadParameter("expected a folder for the run", param_hint="--out")
         from llama1m_ext.train.loop import extend as train
         from llama1m_ext.train.signals import Interrupted
 
@@ -77,7 +83,9 @@ def extend(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     for stage in made.stages:
-        typer.echo(f"{stage.folder}: {stage.length} tokens, theta {stage.theta:.0f}, {stage.steps} steps, loss {stage.loss:.4f}")
+        typer.echo(
+            f"{stage.folder}: {stage.length} tokens, theta {stage.theta:.0f}, {stage.steps} steps, loss {stage.loss:.4f}"
+        )
 
 
 def _plan(model: str, stages: str | None, settings: dict[str, Any], memory: str | None, json_file: Path | None) -> None:

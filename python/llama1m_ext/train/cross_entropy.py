@@ -158,9 +158,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.needs = needs
         with torch.autocast(hidden.device.type, enabled=False):
             work = _Work(hidden, weight, bias, labels, factors, autocast, at)
-            # Gradients are rounded once, divided already; float16 would lose small ones that way.
-            early = over is not None and not recompute and work.dtype != torch.float16
-            ctx.late = None if early else over
+            # Gradients are rounded once, divided already; float16 could not hold small ones: there all but a power of two.
+            ctx.late = scale = None
+            if over is not None:
+                ctx.late, scale = _split(over, recompute, work.dtype)
             if each or recompute or not any(needs):
                 losses, lse = work.losses(chunk)
                 if any(needs):
@@ -170,11 +171,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     return losses if at is None else found.index_copy_(0, at, losses)
                 total = losses.sum(dtype=torch.float64)
                 return (total if over is None else total / over).to(losses.dtype)
-            scale = (1 / over).expand(len(hidden)) if early and over is not None else None
-            total, *grads = work.with_gradients(chunk, needs, grad=scale)
-            if over is not None and not early:
-                total /= over
-            total = total.to(work.exact)
+            total, *grads = work.with_gradients(chunk, needs, grad=None if scale is None else scale.expand(len(hidden)))
+            if over is not None and not work.n:
+                total = total / over  # nan, as torch has it
+            total = (total if ctx.late is None else total / ctx.late).to(work.exact)
             ctx.grads = grads
             return total
 
@@ -195,6 +195,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grads = [None if g is None else g.mul_(grad) for g in ctx.grads]
             ctx.grads = None
         return (*grads, *[None] * 8)
+
+
+def _split(over: Tensor, recompute: bool, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """(what gradients are divided by late, what they are multiplied by early) for a denominator."""
+    if recompute:
+        return over, None
+    if dtype != torch.float16:
+        return None, 1 / over
+    late = torch.exp2(torch.floor(torch.log2(over)))
+    return late, late / over
 
 
 class _Work:
@@ -283,8 +293,11 @@ class _Work:
                 g_weight += torch.mm(p.t(), part, out_dtype=exact)
             else:
                 g_weight += p.t() @ part
-        kept = None if g_weight is None else g_weight.to(self.weight.dtype)
-        return total, g_hidden, kept, None if g_bias is None else g_bias.to(self.bias.dtype)  # type: ignore[union-attr]
+        if g_weight is not None:
+            g_weight = g_weight.to(self.weight.dtype)
+        if g_bias is not None and self.bias is not None:
+            g_bias = g_bias.to(self.bias.dtype)
+        return total, g_hidden, g_weight, g_bias
 
 
 def _liger(

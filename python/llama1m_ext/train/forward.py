@@ -40,8 +40,10 @@ class Trainee(nn.Module):
             raise ValueError(f"model: expected layers that training can run piece by piece, got {why}")
         self.embed_tokens, self.norm, self.lm_head = inner.embed_tokens, inner.norm, causal.lm_head
         self.layers = nn.ModuleList(Layer(layer) for layer in inner.layers)
-        self.__dict__["rotary"] = inner.rotary_emb  # owns no parameters, and its buffers stay in the model
-        self.__dict__["kind"] = families.classes_of(inner)
+        kind = families.classes_of(inner)
+        assert kind is not None
+        self.module = kind.module
+        self.__dict__["model"] = inner  # no submodule: wrappers would meet the layers twice
         self.head_dim = int(inner.layers[0].self_attn.head_dim)
 
     def forward(
@@ -61,7 +63,7 @@ class Trainee(nn.Module):
         x = self.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        rope = Rope(self.kind.module, self.rotary, x, position_ids, self.head_dim)
+        rope = Rope(self.module, self.__dict__["model"].rotary_emb, x, position_ids, self.head_dim)
         for layer in self.layers:
             inner: Any = layer.inner
             x = layer(x, rope if getattr(inner.self_attn, "use_rope", True) else _still(), how)
@@ -110,7 +112,8 @@ class Trainee(nn.Module):
         total = losses.sum()
         if reduction == "sum":
             return total
-        return total / (cross_entropy.total_weight(labels, loss_weights) if denominator is None else denominator)
+        over = cross_entropy.total_weight(labels, loss_weights) if denominator is None else denominator
+        return total / torch.as_tensor(over).to(total)
 
 
 def loss(

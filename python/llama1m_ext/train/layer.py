@@ -148,7 +148,7 @@ class _Again(torch.autograd.Function):
         if ctx.kept is None:
             with front.again():
                 qkv = layer.qkv(x, rope, how.chunk)
-                out, lse = _kind(how, qkv[0]).forward(*qkv, layer.scale)
+                out, lse = _kind(how, qkv[0]).forward(qkv[0], qkv[1], qkv[2], layer.scale)
             out = out.transpose(1, 2)
         else:
             out, lse = _got(ctx.kept[0]), _got(ctx.kept[1])

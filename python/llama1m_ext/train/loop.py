@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import tensorfile
-from . import cross_entropy, models, saves
+from . import cross_entropy, models, rotation, saves
 from .dataset import Data, folder_of
 from .devices import Devices, join
 from .forward import Trainee, causal_of, shift
@@ -30,7 +30,6 @@ from .journal import check as check_logs
 from .kept import place
 from .layer import How
 from .optimizer import Optimizer, rate
-from .rotation import turn_to
 from .saves import At
 from .signals import Interrupted, Signals
 from .stages import Run, Settings, Stage, StagesError
@@ -234,8 +233,7 @@ class _Trainer:
             self.model = models.with_adapters(self.model, self.settings.lora)
         if not models.trained(self.model):
             raise ValueError("model: expected parameters that need gradients, got none")
-        for stage in run.stages:  # a theta that can't be is known now
-            turn_to(self.model, stage)
+        rotation.check(self.model, run.stages)
         self.plans = self._planned()
         self.at: At | None = None
         self.save: saves.Save | None = None
@@ -269,7 +267,7 @@ class _Trainer:
     # -- one stage ------------------------------------------------------------------------------------------------------
 
     def _stage(self, i: int, stage: Stage) -> Done:
-        theta, positions = turn_to(self.model, stage)
+        theta, positions = rotation.turn_to(self.model, stage)
         folder = self.out / f"{i + 1}-{stage.name}"
         if self.at is not None and (self.at.stage > i or (self.at.stage == i and self.at.ended and folder.is_dir())):
             return Done(stage.name, stage.length, theta, stage.steps, math.nan, folder)

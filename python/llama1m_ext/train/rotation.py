@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
+from .. import _compat
+from ..extension import extend, extended
 from .stages import Stage, StagesError
 
 
@@ -13,19 +17,8 @@ def turn_to(model: Any, stage: Stage) -> tuple[float, int]:
     Raises:
         StagesError: a theta that the model can't have, or none where it needs one.
     """
-    config = _config(model)
-    known = int(config.max_position_embeddings)
     if stage.theta is None and stage.method is None:
-        if stage.length > known:
-            raise StagesError(
-                f"stage {stage.name}: expected theta or method, as the model's config has {known} positions and rows have "
-                f"{stage.length} tokens; got neither"
-            )
-        return theta_of(config), known
-    try:
-        from ..extension import extend  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        return _without(model, stage)
+        return _as_it_is(model, stage)
     try:
         done = extend(model, stage.length, theta=stage.theta, method=stage.method)
     except (TypeError, ValueError) as e:
@@ -33,28 +26,31 @@ def turn_to(model: Any, stage: Stage) -> tuple[float, int]:
     return float(done.theta), int(done.max_len)
 
 
-def theta_of(config: Any) -> float:
-    """What the config says."""
-    parameters = getattr(config, "rope_parameters", None)  # since 5.0
-    return float(parameters["rope_theta"] if parameters else config.rope_theta)
+def check(model: Any, stages: Sequence[Stage]) -> None:
+    """Whether all stages' thetas can be, one after the other. The model is as it was then.
+
+    Raises:
+        StagesError: as `turn_to`.
+    """
+    with contextlib.ExitStack() as stack:
+        for stage in stages:
+            if stage.theta is None and stage.method is None:
+                _as_it_is(model, stage)
+                continue
+            try:
+                stack.enter_context(extended(model, stage.length, theta=stage.theta, method=stage.method))
+            except (TypeError, ValueError) as e:
+                raise StagesError(f"stage {stage.name}: {e}") from None
 
 
-def _config(model: Any) -> Any:
+def _as_it_is(model: Any, stage: Stage) -> tuple[float, int]:
     from .forward import causal_of
 
-    return causal_of(model).config
-
-
-def _without(model: Any, stage: Stage) -> tuple[float, int]:
-    from .forward import causal_of
-
-    causal = causal_of(model)
-    config, inner = causal.config, causal.model
-    if stage.theta is None:
-        raise StagesError(f"stage {stage.name}: expected theta, got method {stage.method!r}")
-    if getattr(config, "rope_parameters", None):
-        config.rope_parameters = {**config.rope_parameters, "rope_theta": stage.theta}
-    config.rope_theta = stage.theta
-    config.max_position_embeddings = stage.length
-    inner.rotary_emb = type(inner.rotary_emb)(config).to(inner.rotary_emb.inv_freq.device)
-    return stage.theta, stage.length
+    config = causal_of(model).config
+    known = int(config.max_position_embeddings)
+    if stage.length > known:
+        raise StagesError(
+            f"stage {stage.name}: expected theta or method, as the model's config has {known} positions and rows have "
+            f"{stage.length} tokens; got neither"
+        )
+    return float(_compat.read_rope(config)["rope_theta"]), known
