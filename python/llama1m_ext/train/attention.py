@@ -6,6 +6,8 @@ attention) has the same two functions over each rank's queries.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -65,6 +67,58 @@ class Torch:
         return dq, dk, dv
 
 
+class Apart:
+    """Within documents only: rows are packed of several that don't see each other.
+
+    Args:
+        borders: of each row: where its documents begin, and where the last one ends, from 0 to n.
+        inner: what computes each; None: as the dtype allows.
+
+    Raises:
+        ValueError: borders that don't rise.
+    """
+
+    def __init__(self, borders: Sequence[Sequence[int]], inner: Attention | None = None) -> None:
+        for row in borders:
+            if len(row) < 2 or row[0] != 0 or any(b <= a for a, b in itertools.pairwise(row)):
+                raise ValueError(f"borders: expected positions from 0 on that rise, got {list(row)!r:.80}")
+        self.borders, self.inner = borders, inner
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        self._check(q)
+        kind = chosen(q.dtype, q.device) if self.inner is None else self.inner
+        out, lse = _like(q), None
+        for at in self._documents():
+            part, sums = kind.forward(q[at], k[at], v[at], scale)
+            out[at] = part
+            if sums is not None:
+                lse = torch.empty(q.shape[:3], dtype=sums.dtype, device=q.device) if lse is None else lse
+                lse[at] = sums
+        return out, lse
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kind = chosen(q.dtype, q.device) if self.inner is None else self.inner
+        made = _like(q), _like(k), _like(v)
+        for at in self._documents():
+            sums = None if lse is None else lse[at]
+            parts = kind.backward(grad[at], q[at], k[at], v[at], out[at], sums, scale)
+            for whole, part in zip(made, parts, strict=True):
+                whole[at] = part
+        return made
+
+    def _documents(self) -> Iterator[tuple[slice, slice, slice]]:
+        for i, row in enumerate(self.borders):
+            for a, b in itertools.pairwise(row):
+                yield slice(i, i + 1), slice(None), slice(a, b)
+
+    def _check(self, q: Tensor) -> None:
+        if len(self.borders) != len(q) or any(row[-1] != q.shape[2] for row in self.borders):
+            ends = [row[-1] for row in self.borders]
+            raise ValueError(f"borders: expected {len(q)} rows of {q.shape[2]} positions, got rows that end at {ends}")
+
+
 def chosen(dtype: torch.dtype, device: torch.device) -> Attention:
     """What computes attention for tensors of this kind."""
     served = device.type == "cpu" and dtype in DTYPES and hasattr(ops, "attention_backward")
@@ -89,6 +143,12 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         return (None, None, *ctx.kind.backward(grad, q, k, v, out, lse, ctx.scale))
+
+
+def _like(x: Tensor) -> Tensor:
+    """`[batch, heads, n, head_dim]` over memory `[batch, n, heads, head_dim]`."""
+    batch, heads, n, head_dim = x.shape
+    return torch.empty((batch, n, heads, head_dim), dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

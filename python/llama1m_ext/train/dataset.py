@@ -10,13 +10,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import data
+from .cross_entropy import IGNORED
 from .stages import Stage
 
 COLUMNS = ("input_ids", "labels", "loss_weights", "position_ids")
 
 
 class Rows(Protocol):
-    """`rows[i]` is a mapping with input_ids, and optionally labels, loss_weights and position_ids, each `[length]`."""
+    """`rows[i]` is a mapping with input_ids, and optionally labels, loss_weights and position_ids, each `[length]`. With
+    cu_seqlens, `[documents + 1]`, a row is packed of documents that don't see each other."""
 
     def __len__(self) -> int: ...
 
@@ -75,6 +78,15 @@ class Data:
         if weights is not None and not (bool(weights.isfinite().all()) and float(weights.min()) >= 0):
             raise ValueError(f"stage {stage.name}: expected finite loss_weights from 0 on in row {i} of {self.where}")
         made.setdefault("labels", ids)
+        borders = found["cu_seqlens"] if "cu_seqlens" in found else None  # noqa: SIM401
+        if borders is not None:
+            made["cu_seqlens"] = torch.as_tensor(borders)
+            if made["cu_seqlens"].dim() != 1 or int(made["cu_seqlens"][-1]) != stage.length:
+                raise ValueError(
+                    f"stage {stage.name}: expected cu_seqlens from 0 to {stage.length}, got {borders!r:.80} in row {i} of {self.where}"
+                )
+            # A document's first token is not told from the one before it.
+            made["labels"] = made["labels"].index_fill(0, made["cu_seqlens"][:-1].long(), IGNORED)
         return made
 
     def index(self, n: int) -> int:
@@ -84,13 +96,15 @@ class Data:
             return at
         return int(_order(len(self.rows), self.seed, turn)[at])
 
-    def batch(self, numbers: list[int]) -> dict[str, Tensor]:
-        """The n-th rows for each n, stacked: `[rows, length]` each."""
+    def batch(self, numbers: list[int]) -> tuple[dict[str, Tensor], list[list[int]] | None]:
+        """The n-th rows for each n, stacked, `[rows, length]` each; and where the documents in each begin and end, if they
+        don't see each other."""
         rows = [self.row(self.index(n)) for n in numbers]
         names = {name for row in rows for name in row}
         if any(set(row) != names for row in rows):
             raise ValueError(f"stage {self.stage.name}: expected the same columns in all rows of {self.where}")
-        return {name: torch.stack([row[name] for row in rows]) for name in names}
+        borders = [row.pop("cu_seqlens").tolist() for row in rows] if "cu_seqlens" in names else None
+        return {name: torch.stack([row[name] for row in rows]) for name in names - {"cu_seqlens"}}, borders
 
 
 @functools.lru_cache(maxsize=4)
@@ -99,17 +113,17 @@ def _order(n: int, seed: int, turn: int) -> Tensor:
     return torch.randperm(n, generator=generator)
 
 
-def folder_of(stage: Stage, data: Any) -> Any:
+def folder_of(stage: Stage, given: Any) -> Any:
     """Where a stage's rows are: its own `data`, or what is given for all: a mapping by name, rows, or a folder that has them, or
     has a folder by the stage's name or length.
 
     Raises:
         FileNotFoundError: nowhere.
     """
-    if isinstance(data, Mapping) and stage.name in data:
-        return data[stage.name]
+    if isinstance(given, Mapping) and stage.name in given:
+        return given[stage.name]
     if stage.data is not None:
-        base = Path(data) if isinstance(data, (str, Path)) else Path()
+        base = Path(given) if isinstance(given, (str, Path)) else Path()
         here = base / stage.data
         path = here if here.exists() else Path(stage.data)
         if not path.exists():
@@ -117,13 +131,13 @@ def folder_of(stage: Stage, data: Any) -> Any:
                 f"stage {stage.name}: expected a folder of rows, got {stage.data!r}, which is not there"
             )
         return path
-    if isinstance(data, Mapping):
-        raise FileNotFoundError(f"stage {stage.name}: expected data for it, got some for {', '.join(data) or 'none'}")
-    if data is None:
+    if isinstance(given, Mapping):
+        raise FileNotFoundError(f"stage {stage.name}: expected data for it, got some for {', '.join(given) or 'none'}")
+    if given is None:
         raise FileNotFoundError(f"stage {stage.name}: expected data, got none: give --data DIR, or data in its table")
-    if not isinstance(data, (str, Path)):
-        return data
-    base = Path(data)
+    if not isinstance(given, (str, Path)):
+        return given
+    base = Path(given)
     for path in (base / stage.name, base / str(stage.length)):
         if path.is_dir():
             return path
@@ -142,19 +156,6 @@ def _opened(source: Any, stage: Stage) -> Rows:
     if not Path(source).is_dir():
         raise FileNotFoundError(f"stage {stage.name}: expected a folder of rows, got {str(source)!r}")
     try:
-        from ..data import open as open_rows  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        return _by_datasets(source, stage)
-    try:
-        return open_rows(source)
+        return data.open(source, segments=False)
     except ValueError as e:
         raise ValueError(f"stage {stage.name}: {e}") from None
-
-
-def _by_datasets(source: Any, stage: Stage) -> Rows:
-    from datasets import load_from_disk
-
-    try:
-        return load_from_disk(str(source)).with_format("torch")
-    except (FileNotFoundError, ValueError) as e:
-        raise ValueError(f"stage {stage.name}: expected a folder of rows that `datasets` reads: {e}") from None

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import tensorfile
 from . import cross_entropy, models, rotation, saves
+from .attention import Apart
 from .dataset import Data, folder_of
 from .devices import Devices, join
 from .forward import Trainee, causal_of, shift
@@ -255,6 +256,8 @@ class _Trainer:
         """All stages that are not done yet."""
         done = []
         self.model.train()
+        if self.save is not None:
+            models.fill(self.model, self.save.tensor)
         try:
             for i, stage in enumerate(self.run.stages):
                 done.append(self._stage(i, stage))
@@ -269,27 +272,32 @@ class _Trainer:
     def _stage(self, i: int, stage: Stage) -> Done:
         theta, positions = rotation.turn_to(self.model, stage)
         folder = self.out / f"{i + 1}-{stage.name}"
-        if self.at is not None and (self.at.stage > i or (self.at.stage == i and self.at.ended and folder.is_dir())):
-            return Done(stage.name, stage.length, theta, stage.steps, math.nan, folder)
+        at = self.at
+        if at is not None and (at.stage > i or (at.stage == i and at.ended)):
+            step, loss = (at.step if at.stage == i else stage.steps), math.nan
+            if folder.is_dir():
+                return Done(stage.name, stage.length, theta, step, loss, folder)
+        else:
+            step, loss = self._trained(i, stage)
+        return self._finish(i, stage, theta, positions, step, loss, folder)
+
+    def _trained(self, i: int, stage: Stage) -> tuple[int, float]:
+        """Takes the steps that are left. (steps done, the last one's loss)."""
         optimizer = Optimizer(models.trained(self.model), stage)
+        step = 0
         try:
-            step, loss, ended = 0, math.nan, False
+            torch.manual_seed(self.settings.seed + 1000 * (i + 1))
             if self.at is not None and self.at.stage == i and self.save is not None:
                 optimizer.load(self.save.tensor)
                 _set_random(self.save.tensor)
-                step, ended = self.at.step, self.at.ended
+                step = self.at.step
                 self._say(f"stage {stage.name}: going on after step {step} of {stage.steps}")
-            else:
-                if self.save is not None:  # of the stage before, whose model was saved
-                    optimizer.load(_only_weights(self.save.tensor))
-                torch.manual_seed(self.settings.seed + 1000 * (i + 1))
             self.save = None
-            if not ended:
-                step, loss = self._steps(i, stage, optimizer, step)
-                self._write(At(i, step, True), optimizer)
+            step, loss = self._steps(i, stage, optimizer, step)
+            self._write(At(i, step, True), optimizer)
         finally:
             optimizer.close()
-        return self._finish(i, stage, theta, positions, step, loss, folder)
+        return step, loss
 
     def _finish(self, i: int, stage: Stage, theta: float, positions: int, step: int, loss: float, folder: Path) -> Done:
         if not folder.is_dir():
@@ -370,19 +378,20 @@ class _Trainer:
         at_once = _at_once(stage, devices)
         batches, weight = [], 0.0
         for a in range(first, first + share, at_once):
-            batch = data.batch(list(range(a, a + at_once)))
+            batch, borders = data.batch(list(range(a, a + at_once)))
             labels, factors = shift(batch["labels"], batch.get("loss_weights"))
             weight += float(cross_entropy.total_weight(labels, factors))
-            batches.append((batch, labels, factors))
+            batches.append((batch, labels, factors, borders))
         (weight,) = devices.total(weight)
         if weight <= 0:
             raise ValueError(
                 f"stage {stage.name}, step {step + 1}: expected a label that counts, got none in all its rows"
             )
-        how = How(self.plans[i], self.place, self.settings.chunk)
         total = 0.0
         kind = devices.device.type
-        for batch, labels, factors in batches:
+        for batch, labels, factors, borders in batches:
+            apart = None if borders is None else Apart(borders)
+            how = How(self.plans[i], self.place, self.settings.chunk, apart)
             with torch.autocast(kind, torch.bfloat16, enabled=self.settings.autocast):
                 loss = self.trainee(
                     batch["input_ids"].to(devices.device),
@@ -506,10 +515,6 @@ def _set_random(read: Callable[[str], Tensor | None]) -> None:
         state = read(name)
         if state is not None:
             put(state)
-
-
-def _only_weights(read: Callable[[str], Tensor | None]) -> Callable[[str], Tensor | None]:
-    return lambda name: read(name) if name.startswith("weight.") else None
 
 
 def _plain(body: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,27 @@ def with_adapters(model: Any, lora: Lora) -> Any:
 def trained(model: Any) -> list[tuple[str, Any]]:
     """Names and parameters that need gradients, each once."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def fill(model: Any, read: Callable[[str], Tensor | None]) -> None:
+    """Gives the model the weights of a checkpoint.
+
+    Args:
+        read: gives the tensor of a name, or None.
+    """
+    with torch.no_grad():
+        for name, p in trained(model):
+            value = read(f"weight.{name}")
+            if value is None or value.shape != local(p).shape:
+                raise ValueError(
+                    f"checkpoint: expected a weight {name} of shape {tuple(local(p).shape)}, got none such"
+                )
+            local(p).copy_(value)
+
+
+def local(x: Any) -> Tensor:
+    """This rank's share of a tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def identity(model: Any) -> dict[str, Any]:

@@ -35,8 +35,8 @@ class Stage:
         name: of its folder.
         theta: of the rotary embedding; None: as it is, unless there is a method.
         method: instead of a theta: a law of `rope.theta_for`, or "yarn".
-        data: a folder of rows (`llama1m data`, or `datasets`' `save_to_disk`); None: `<data>/<name>` or `<data>/<length>` of
-            the run's.
+        data: a folder of rows (`llama1m data`, or `datasets`' `save_to_disk`), beside the table, in the run's data, or here;
+            None: `<data>/<name>`, `<data>/<length>` or `<data>` of the run's.
         batch_size: rows that are computed at a time, over all devices.
         accumulation: how many times that before a step.
         rows_at_once: rows that one device computes at a time; None: its share of `batch_size`.
@@ -160,9 +160,17 @@ class Run:
         except (UnicodeDecodeError, ValueError) as e:  # TOMLDecodeError is one
             raise StagesError(f"{file}: expected TOML: {e}") from None
         try:
-            return cls.of(table)
+            run = cls.of(table)
         except StagesError as e:
             raise StagesError(f"{file}: {e}") from None
+        beside = [file.parent / stage.data if stage.data else None for stage in run.stages]
+        return dataclasses.replace(
+            run,
+            stages=tuple(
+                dataclasses.replace(stage, data=str(path)) if path is not None and path.is_dir() else stage
+                for stage, path in zip(run.stages, beside, strict=True)
+            ),
+        )
 
     @classmethod
     def of(cls, given: Any) -> Run:
