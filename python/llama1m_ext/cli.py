@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .eval import cli as eval_cli
 from .train import cli as train_cli
 
 app = typer.Typer(
@@ -273,6 +274,9 @@ def env(
         return
     facts = environment.collect()
     typer.echo(json.dumps(facts, indent=2) if as_json else environment.render(facts))
+
+
+eval_cli.register(app)
 
 
 def main() -> None:

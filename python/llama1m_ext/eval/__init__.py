@@ -1,6 +1,6 @@
 """Does a long context work? Perplexity by position, needles in a haystack, RULER's synthetic tasks.
 
-Nothing heavy is imported before it is asked for: `eval.ppl` and `eval.needle` are modules.
+Nothing heavy is imported before it is asked for: `eval.ppl`, `eval.needle` and `eval.ruler` are modules.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import needle, ppl
+    from . import needle, ppl, ruler
 
-__all__ = ["needle", "ppl"]
+__all__ = ["needle", "ppl", "ruler"]
 
 
 def __getattr__(name: str) -> Any:

@@ -56,10 +56,10 @@ def frame_for(
     has = bool(getattr(tokenizer, "chat_template", None))
     if chat is True and not has:
         raise ValueError("chat: expected a tokenizer with a chat template, got one without")
-    bos = _bos(tokenizer)
+    bos = first_ids(tokenizer)
     if chat is False or not has:
         before = "" if system is None else f"{system}\n\n"
-        before += "".join(f"{question}\n{answer}\n" for question, answer in examples)
+        before += "".join(f"{question}{answer}\n" for question, answer in examples)
         return Frame(tokenizer, before, "\n", bos, False)
     messages = [] if system is None else [{"role": "system", "content": system}]
     for question, answer in examples:
@@ -84,6 +84,7 @@ def stops(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def _bos(tokenizer: Any) -> tuple[int, ...]:
+def first_ids(tokenizer: Any) -> tuple[int, ...]:
+    """What a tokenizer puts before every text: the id of the beginning of text, or nothing."""
     first, ids = tokenizer.bos_token_id, tokenizer("a")["input_ids"]
     return (first,) if first is not None and ids[:1] == [first] else ()

@@ -13,7 +13,9 @@ from llama1m_ext.demo.book import load_book
 SEAM = 32
 """Tokens at a cut that may be others than in the whole text, and are not used."""
 _CLOSING = "[.!?][\"'\u201d\u2019)\\]]*"
-_END, _BREAK = re.compile(_CLOSING + r"\s*$"), re.compile(_CLOSING + r"\s+(?=\S)")
+_END = re.compile(_CLOSING + r"\s*$")
+BREAK = re.compile(r"(?<!Mr)(?<!Mrs)(?<!Dr)(?<!St)" + _CLOSING + r"\s+(?=\S)")
+"""The end of a sentence, and the white space to the next one."""
 _TITLES = frozenset("mr mrs ms dr st messrs".split())
 
 
@@ -24,22 +26,23 @@ class Haystack:
         text: None: the book that ships with the package.
         tokenizer: of transformers.
         repeat: a text that is too short begins again; without it, that is an error.
+        name: what errors call the text.
 
     Raises:
         ValueError: no text but white space.
     """
 
-    def __init__(self, text: str | None, tokenizer: Any, *, repeat: bool = False) -> None:
+    def __init__(self, text: str | None, tokenizer: Any, *, repeat: bool = False, name: str = "hay") -> None:
         self.text = load_book() if text is None else text.strip()
         if not self.text.strip():
-            raise ValueError("hay: expected some text, got none")
-        self.tokenizer, self.repeat = tokenizer, repeat
+            raise ValueError(f"{name}: expected some text, got none")
+        self.tokenizer, self.repeat, self.name = tokenizer, repeat, name
         self._start, self._ids, self._whole = -1, np.empty(0, dtype=np.int64), False
         self._ends: dict[int, tuple[bool, bool]] = {}
 
     def place(self, draw: random.Random) -> int:
         """Where to begin reading: the beginning of a sentence, as a character's number."""
-        found = _BREAK.search(self.text, draw.randrange(len(self.text)))
+        found = BREAK.search(self.text, draw.randrange(len(self.text)))
         return found.end() if found else 0
 
     def tokens(self, count: int, start: int = 0) -> np.ndarray:
@@ -62,7 +65,7 @@ class Haystack:
         if len(self._ids) < count:
             if not self.repeat or not len(self._ids):
                 raise ValueError(
-                    f"hay: expected a text of at least {count} tokens, got one of {len(self._ids)}; repeat=True (--repeat) reads "
+                    f"{self.name}: expected a text of at least {count} tokens, got one of {len(self._ids)}; repeat=True (--repeat) reads "
                     "it again where it ends"
                 )
             return np.resize(self._ids, count)

@@ -22,7 +22,7 @@ from .cells import Cells, model_settings, text_digest, write_json
 from .frame import Chat, Frame, frame_for, stops
 from .haystack import Haystack, cut_at, insert
 from .kinds import Kind, Needle, draw_needles, kind_of
-from .reader import Reader, Show, evaluating, warn_beyond
+from .reader import Reader, Show, bar, evaluating, warn_beyond
 
 MODES = ("shared", "alone")
 NEW_TOKENS = 64
@@ -223,18 +223,18 @@ def needle(
         missing = [cell for cell in cells if cell not in found]
         documents = list(dict.fromkeys((size, sample) for size, _, sample in missing))
         tokens = sum(one[0] for one in (documents if shared else missing))
-        with _bar(progress, tokens, len(cells), len(cells) - len(missing)) as bar:
+        with bar("needles", "cells", progress, tokens, len(cells), len(cells) - len(missing)) as shown:
             for size, sample in documents:
                 prompts = prompts_of(size, sample)
                 for i in reversed(range(len(places))):
                     if (size, places[i], sample) in found:
                         continue
-                    bar.set_postfix_str(f"{size:,} tokens, depth {100 * places[i]:.0f}%")
+                    shown.set_postfix_str(f"{size:,} tokens, depth {100 * places[i]:.0f}%")
                     answer = _generated if generate else _forced
                     right, said = answer(reader, prompts, i, ends)
                     record = {"length": size, "depth": places[i], "sample": sample, "right": right}
                     found.add({**record, "expected": prompts.needles[i].value, "given": said})
-                    bar.update()
+                    shown.update()
                 reader.forget()
         rights = {cell: bool(found.get(cell)["right"]) for cell in cells}
     made = [
@@ -322,12 +322,3 @@ def _generated(reader: Reader, prompts: _Prompts, i: int, ends: frozenset[int]) 
     ids, _ = prompts.prompt(i)
     said = prompts._frame.tokenizer.decode(reader.greedy(ids, NEW_TOKENS, ends), skip_special_tokens=True).strip()
     return prompts.needles[i].value in said, said
-
-
-def _bar(progress: Show, tokens: int, total: int, done: int) -> Any:
-    from tqdm.auto import tqdm
-
-    from .ppl import AUTO_TOKENS
-
-    show = tokens >= AUTO_TOKENS if progress == "auto" else progress
-    return tqdm(total=total, initial=done, desc="needles", unit=" cells", dynamic_ncols=True, disable=not show)

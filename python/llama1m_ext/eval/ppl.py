@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .reader import Show, call, evaluating, new_cache, served, warn_beyond
+from .reader import Show, bar, call, evaluating, new_cache, served, warn_beyond
 
-AUTO_TOKENS = 16_384
-"""With "auto", a bar from so many tokens on."""
 LOGITS_BYTES = 128 << 20
 """Of the float32 logits that are there at one time."""
 CHUNK = 512
@@ -191,7 +189,7 @@ def perplexity(
     measure = _served_row if served(model) is not None else _other_row
     with evaluating(model, progress):
         for row, out in zip(ids, found, strict=True):
-            measure(model, row, out, n >= AUTO_TOKENS if progress == "auto" else progress)
+            measure(model, row, out, progress)
     sums = found.sum(0)
     nll = float(sums.sum()) / found.numel()
     parts = [
@@ -200,45 +198,39 @@ def perplexity(
     return Perplexity(nll, _exp(nll), found.numel(), parts, found)
 
 
-def _served_row(model: Any, ids: Tensor, out: Tensor, show: bool) -> None:
+def _served_row(model: Any, ids: Tensor, out: Tensor, progress: Show) -> None:
     """Nats of each token but the first: int64 `[n]` to float64 `[n - 1]`."""
     both = served(model)
     assert both is not None
     inner, head = both
     hidden = inner(ids[None].to(inner.device), use_cache=False).last_hidden_state[0]
-    step = max(16, LOGITS_BYTES // (4 * inner.config.vocab_size))
-    with _bar(show, len(out), "output layer") as bar:
-        for a in range(0, len(out), step):
-            b = min(a + step, len(out))
+    n, step = len(out), max(16, LOGITS_BYTES // (4 * inner.config.vocab_size))
+    with bar("output layer", "tokens", progress, n, n) as shown:
+        for a in range(0, n, step):
+            b = min(a + step, n)
             out[a:b] = _nats(head(hidden[None, a:b])[0], ids[a + 1 : b + 1])
-            bar.update(b - a)
+            shown.update(b - a)
 
 
-def _other_row(model: Any, ids: Tensor, out: Tensor, show: bool) -> None:
+def _other_row(model: Any, ids: Tensor, out: Tensor, progress: Show) -> None:
     """The same through the model's own forward, a chunk at a time over a cache: whatever it does to its logits is in."""
-    cache, ids = new_cache(model), ids.to(model.device)
-    with _bar(show, len(out), "perplexity") as bar:
-        for a in range(0, len(out), CHUNK):
-            b = min(a + CHUNK, len(out))
+    cache, ids, n = new_cache(model), ids.to(model.device), len(out)
+    with bar("perplexity", "tokens", progress, n, n) as shown:
+        for a in range(0, n, CHUNK):
+            b = min(a + CHUNK, n)
             logits = call(model, ids[None, a:b], cache)[0]
-            if a == 0 and b < len(out) and cache.get_seq_length() != b:
+            if a == 0 and b < n and cache.get_seq_length() != b:
                 raise ValueError(
                     f"model: expected one that keeps keys and values in a DynamicCache, got {type(model).__name__}"
                 )
             out[a:b] = _nats(logits, ids[a + 1 : b + 1])
-            bar.update(b - a)
+            shown.update(b - a)
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Float64 `[n]` on the CPU, of logits `[n, vocab]` and targets `[n]`."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return functional.cross_entropy(logits, targets.to(logits.device), reduction="none").double().cpu()
-
-
-def _bar(show: bool, total: int, name: str) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=name, unit=" tokens", dynamic_ncols=True, disable=not show)
 
 
 def _exp(nll: float) -> float:

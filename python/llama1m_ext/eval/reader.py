@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llama1m_ext import families, set_options
+from llama1m_ext import _compat, families, set_options
 from llama1m_ext.call import MARK
 from llama1m_ext.options import options
+from llama1m_ext.progress import AUTO_TOKENS
 
 Show = bool | Literal["auto"]
 WORTH_KEEPING = 64
@@ -38,6 +39,15 @@ def served(model: Any) -> tuple[Any, Any] | None:
     if getattr(base, "_forward_hooks", None) or getattr(base, "_forward_pre_hooks", None):
         return None
     return inner, head
+
+
+def bar(name: str, unit: str, progress: Show, tokens: int, total: int, done: int = 0) -> Any:
+    """A bar over `total` units, of which some are done; in "auto" where there are so many tokens to read that it takes
+    more than moments."""
+    from tqdm.auto import tqdm
+
+    show = tokens >= AUTO_TOKENS if progress == "auto" else progress
+    return tqdm(total=total, initial=done, desc=name, unit=f" {unit}", dynamic_ncols=True, disable=not show)
 
 
 @contextmanager
@@ -91,10 +101,7 @@ def call(model: Any, ids: Tensor, cache: Any, last: int = 0) -> Tensor:
         last: only those of the last so many positions; 0: all.
     """
     names = inspect.signature(model.forward).parameters
-    if "past_key_values" not in names and "cache" in names:  # transformers 5.24
-        given = {"cache": cache}
-    else:
-        given = {"past_key_values": cache}
+    given = {_compat.cache_name(): cache}
     whole = not last or ("logits_to_keep" not in names and not hasattr(model, "peft_config"))
     if not whole:
         given["logits_to_keep"] = last
