@@ -127,9 +127,11 @@ class Cells:
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """In words where two settings differ."""
+    """In words where two settings differ; of two things with other names, only the names."""
     if isinstance(before, dict) and isinstance(now, dict):
-        found = []
+        found: list[str] = []
+        if "name" in before and "name" in now and before["name"] != now["name"]:
+            return differences(before["name"], now["name"], f"{name}.name")
         for key in sorted({*before, *now}):
             found += differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
         return found

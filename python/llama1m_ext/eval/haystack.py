@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from typing import Any
@@ -19,6 +20,12 @@ BREAK = re.compile(r"(?<!Mr)(?<!Mrs)(?<!Dr)(?<!St)" + _CLOSING + r"\s+(?=\S)")
 _TITLES = frozenset("mr mrs ms dr st messrs".split())
 
 
+@functools.cache
+def book() -> str:
+    """The book that ships with the package, unpacked once."""
+    return load_book()
+
+
 class Haystack:
     """Real text to hide needles in.
 
@@ -33,7 +40,7 @@ class Haystack:
     """
 
     def __init__(self, text: str | None, tokenizer: Any, *, repeat: bool = False, name: str = "hay") -> None:
-        self.text = load_book() if text is None else text.strip()
+        self.text = book() if text is None else text.strip()
         if not self.text.strip():
             raise ValueError(f"{name}: expected some text, got none")
         self.tokenizer, self.repeat, self.name = tokenizer, repeat, name

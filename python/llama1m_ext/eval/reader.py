@@ -47,7 +47,7 @@ def bar(name: str, unit: str, progress: Show, tokens: int, total: int, done: int
     from tqdm.auto import tqdm
 
     show = tokens >= AUTO_TOKENS if progress == "auto" else progress
-    return tqdm(total=total, initial=done, desc=name, unit=f" {unit}", dynamic_ncols=True, disable=not show)
+    return tqdm(total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True, disable=not show)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import functools
 import random
 import re
 
-from llama1m_ext.demo.book import load_book
+from .haystack import book
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
@@ -14,7 +14,7 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 @functools.cache
 def book_words() -> tuple[str, ...]:
     """All words of 4 to 12 small letters in the book, sorted: some ten thousand."""
-    return tuple(sorted(set(re.findall(r"(?<![A-Za-z'\u2019-])[a-z]{4,12}(?![A-Za-z'\u2019-])", load_book()))))
+    return tuple(sorted(set(re.findall(r"(?<![A-Za-z'\u2019-])[a-z]{4,12}(?![A-Za-z'\u2019-])", book()))))
 
 
 def draw_words(count: int, draw: random.Random) -> list[str]:
