@@ -14,11 +14,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .builder import Built, Shortfall, build
+    from .mixture import SLIMPAJAMA
     from .rows import Rows, collate, open
     from .shards import write
 
-__all__ = ["Rows", "collate", "open", "write"]
-_HOME = {"Rows": "rows", "collate": "rows", "open": "rows", "write": "shards"}
+__all__ = ["SLIMPAJAMA", "Built", "Rows", "Shortfall", "build", "collate", "open", "write"]
+_HOME = {
+    "Built": "builder",
+    "Rows": "rows",
+    "SLIMPAJAMA": "mixture",
+    "Shortfall": "builder",
+    "build": "builder",
+    "collate": "rows",
+    "open": "rows",
+    "write": "shards",
+}
 
 
 def __getattr__(name: str) -> Any:

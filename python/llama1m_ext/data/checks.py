@@ -1,0 +1,84 @@
+"""What is wrong, said before the work."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+from .documents import Fields, stream
+from .packer import Packing, Tails
+from .sources import Part, SourceError
+
+LOOKED_AT = 2000
+"""Documents read before the work."""
+
+
+def check_options(
+    length: int,
+    tokens: int | None,
+    upsample_below: int,
+    keep: float,
+    chars_per_token: float | None,
+    shuffle: int,
+    workers: int,
+    shard_tokens: int,
+    packing: str,
+    tails: str,
+) -> None:
+    """Of `build`.
+
+    Raises:
+        ValueError: one is not as it should be.
+    """
+    for name, text, kind in (("packing", packing, Packing), ("tails", tails, Tails)):
+        if text not in get_args(kind):
+            raise ValueError(f"{name}: expected {' or '.join(get_args(kind))}, got {text!r}")
+    if not 1 <= length < 1 << 31:
+        raise ValueError(f"length: expected 1 to 2147483647 tokens, got {length}")
+    if tokens is not None and tokens < length:
+        raise ValueError(f"tokens: expected those of one row at least, {length}, got {tokens}")
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep: expected a probability, 0 to 1, got {keep}")
+    if chars_per_token is not None and not chars_per_token > 0:
+        raise ValueError(f"chars_per_token: expected a number over 0, got {chars_per_token}")
+    for name, value, least in (
+        ("upsample_below", upsample_below, 0),
+        ("shuffle", shuffle, 0),
+        ("workers", workers, 1),
+        ("shard_tokens", shard_tokens, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: expected {least} at least, got {value}")
+
+
+def look_at(
+    parts: Sequence[Part], fields: Fields, seed: int, shuffle: int, mixture: Mapping[str, float] | None
+) -> None:
+    """What is wrong with all documents, as far as the first ones tell.
+
+    Raises:
+        SourceError: one has no text or no source, or all are to be skipped.
+        ValueError: the mixture has a source that isn't there.
+    """
+    seen: dict[str, int] = {}
+    count = good = 0
+    for document in itertools.islice(stream(parts, fields, seed, min(shuffle, LOOKED_AT)), LOOKED_AT):
+        count += 1
+        if not document.bad:
+            good += 1
+            seen[document.source] = seen.get(document.source, 0) + 1
+    if not good:
+        raise SourceError(f"the sources: expected documents, got {count} rows without {fields.text} or {fields.source}")
+    if mixture is None:
+        return
+    known = ", ".join(sorted(seen))
+    if not seen.keys() & mixture.keys():
+        raise ValueError(f"mixture: expected some of the sources there are, {known}, got {', '.join(mixture)}")
+    missing = sorted(mixture.keys() - seen.keys())
+    if missing and count < LOOKED_AT:
+        raise ValueError(f"mixture: {missing[0]}: expected one of the sources there are, {known}")
+    if missing:
+        some = f"not among the first {count} documents, which have {known}"
+        warnings.warn(f"mixture: {', '.join(missing)}: {some}", stacklevel=4)
