@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .data import cli as data_cli
 from .eval import cli as eval_cli
 from .train import cli as train_cli
 
@@ -276,6 +277,7 @@ def env(
     typer.echo(json.dumps(facts, indent=2) if as_json else environment.render(facts))
 
 
+data_cli.register(app)
 eval_cli.register(app)
 
 

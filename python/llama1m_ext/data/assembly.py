@@ -29,15 +29,16 @@ class Candidate(NamedTuple):
 
     document: str
     source: str
-    chars: int
+    text: str
     bad: bool
     lucky: bool
     surely_short: bool
-    text: int
-    """Where in its batch; -1: it needs no tokens."""
+    place: int
+    """Among the batch's tokens; -1: it should need none."""
 
 
 Batch = tuple[list[Candidate], list[str]]
+"""The documents, and the texts of those that need tokens."""
 
 
 class Assembly:
@@ -71,7 +72,7 @@ class Assembly:
         names = []
         if state is not None:
             self.consumed, self.rows, names = state["consumed"], state["rows"], state["names"]
-            selection.spent = dict(state["spent"])
+            selection.restore(state["selection"])
             self.statistics.restore(state["statistics"])
             self.packer.load(journal.folder / state["packer"])
         shard_tokens = options["shard_tokens"]
@@ -136,9 +137,9 @@ class Assembly:
         for document in documents:
             candidate = self._candidate(document, len(texts))
             candidates.append(candidate)
-            if candidate.text >= 0:
+            chars += len(document.text)
+            if candidate.place >= 0:
                 texts.append(document.text)
-                chars += candidate.chars
             if chars >= _BATCH_CHARS or len(candidates) >= _BATCH_DOCUMENTS:
                 yield candidates, texts
                 candidates, texts, chars = [], [], 0
@@ -146,43 +147,44 @@ class Assembly:
             yield candidates, texts
 
     def _candidate(self, document: Document, place: int) -> Candidate:
-        """Read ahead of what is decided: budgets may be spent when its turn comes, and never the other way round."""
+        """Read ahead of what is decided: which sources are wanted may change until its turn comes."""
         selection, text = self.selection, document.text
         chars, below = len(text), selection.below
         lucky = selection.lucky(document.id)
         if self.options["chars_per_token"] is not None:
             short = chars < below * self.options["chars_per_token"]
         else:  # a token is a byte at least
-            short = chars < below and len(text.encode("utf-8", "surrogatepass")) < below
+            short = chars < below and len(text.encode()) < below
         needed = bool(text) and (lucky or not short) and selection.wants(document.source)
-        return Candidate(document.id, document.source, chars, document.bad, lucky, short, place if needed else -1)
+        return Candidate(document.id, document.source, text, document.bad, lucky, short, place if needed else -1)
 
     def _consume(self, candidate: Candidate, ids: list[np.ndarray]) -> None:
         self.consumed += 1
-        selection, statistics, source = self.selection, self.statistics, candidate.source
+        selection, statistics, source, chars = self.selection, self.statistics, candidate.source, len(candidate.text)
         if candidate.bad:
             statistics.bad += 1
             return
-        if not candidate.chars:
+        if not chars:
             statistics.empty += 1
             return
         if not selection.lists(source):
             statistics.unlisted += 1
         if not selection.wants(source) or (candidate.surely_short and not candidate.lucky):
-            statistics.read(source, candidate.chars, None)
+            statistics.read(source, chars, None)
             return
-        found = ids[candidate.text]
-        statistics.read(source, candidate.chars, len(found))
+        # A source that lacked nothing when this was read may be asked for the last tokens.
+        found = ids[candidate.place] if candidate.place >= 0 else self.crew.encoder([candidate.text])[0]
+        statistics.read(source, chars, len(found))
         by_count = self.options["chars_per_token"] is None
         if by_count and len(found) < selection.below and not candidate.lucky:
             return
         whole = np.concatenate([self.before, found, self.after])
         if self.options["tails"] == "drop" and len(whole) > self.length:
             whole = whole[: len(whole) // self.length * self.length]
-        selection.take(source, len(whole))
-        statistics.taken(source, len(whole), len(found))
-        self.packer.put(source, candidate.document, whole)
-        self._make_rows()
+        if selection.take(source, len(whole)):
+            statistics.taken(source, len(whole), len(found))
+            self.packer.put(source, candidate.document, whole)
+            self._make_rows()
 
     def _make_rows(self, *, last: bool = False) -> None:
         while self.packer.ready(last=last) and (self.most is None or self.rows < self.most):
@@ -190,7 +192,7 @@ class Assembly:
             self.statistics.written(segments)
             self.rows += 1
             if self.shards.add({"input_ids": ids, "segments": segments}):
-                state = {"consumed": self.consumed, "rows": self.rows, "spent": self.selection.spent}
+                state = {"consumed": self.consumed, "rows": self.rows, "selection": self.selection.state()}
                 self.journal.note(self.shards, self.packer, {**state, "statistics": self.statistics.state()})
 
     def _enough(self) -> bool:

@@ -23,9 +23,13 @@ from .packer import Packing, Tails
 from .shards import FACTS, SHARD_TOKENS, must_be_free, must_have_room
 from .sources import resolve
 
-__all__ = ["Built", "Shortfall", "build"]
+__all__ = ["Built", "Note", "Shortfall", "build"]
 _VERSION = 1
 """Of what the rows are for given options: a build isn't gone on with by another one."""
+
+
+class Note(UserWarning):
+    """Something about the rows that were made; it is in their statistics too."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def build(
         length: tokens of a row.
         tokens: of all rows; those of a last, incomplete row are left out. Default: all that the sources give.
         mixture: shares of the tokens by source: "slimpajama", a file (JSON, TOML), "NAME=SHARE,...", or a mapping. A
-            document whose source has its share, or isn't in the mixture, is passed over.
+            document whose source has its share, or isn't in the mixture, is passed over; a source's last document is
+            taken or not, whichever is nearer to its share.
         seed: of the order and of chance.
         text_field: the field of a row that has the text; `a.b` is field b in field a.
         source_field: the one with the source's name. None: a document's source is the file it is in.
@@ -128,7 +133,20 @@ def build(
         Shortfall: see `shortfall`. What was made stays.
         ValueError: an option or a source is not as it should be; `resume` with other options than before.
     """
-    check_options(length, tokens, upsample_below, keep, chars_per_token, shuffle, workers, shard_tokens, packing, tails)
+    check_options(
+        length,
+        tokens,
+        upsample_below,
+        keep,
+        chars_per_token,
+        shuffle,
+        workers,
+        shard_tokens,
+        packing,
+        tails,
+        bad_rows,
+        shortfall,
+    )
     shares = read_mixture(mixture)
     if shares is not None and tokens is None:
         raise ValueError("mixture: expected tokens with it, of which it gives the shares, got None")
@@ -176,7 +194,7 @@ def build(
         journal.release()
     made = _made_before(target, journal.options)
     for note in made.statistics["notes"]:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, Note, stacklevel=2)
     return made
 
 

@@ -26,15 +26,22 @@ def check_options(
     shard_tokens: int,
     packing: str,
     tails: str,
+    bad_rows: str,
+    shortfall: str,
 ) -> None:
     """Of `build`.
 
     Raises:
         ValueError: one is not as it should be.
     """
-    for name, text, kind in (("packing", packing, Packing), ("tails", tails, Tails)):
-        if text not in get_args(kind):
-            raise ValueError(f"{name}: expected {' or '.join(get_args(kind))}, got {text!r}")
+    for name, text, kinds in (
+        ("packing", packing, get_args(Packing)),
+        ("tails", tails, get_args(Tails)),
+        ("bad_rows", bad_rows, ("error", "skip")),
+        ("shortfall", shortfall, ("keep", "error")),
+    ):
+        if text not in kinds:
+            raise ValueError(f"{name}: expected {' or '.join(kinds)}, got {text!r}")
     if not 1 <= length < 1 << 31:
         raise ValueError(f"length: expected 1 to 2147483647 tokens, got {length}")
     if tokens is not None and tokens < length:

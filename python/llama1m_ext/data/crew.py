@@ -33,7 +33,7 @@ class Crew(Generic[Batch]):
     """
 
     def __init__(self, encoder: Encoder, workers: int, texts_of: Callable[[Batch], Sequence[str]]) -> None:
-        self._encoder, self._texts_of = encoder, texts_of
+        self.encoder, self._texts_of = encoder, texts_of
         self._workers = workers
         self._processes: list[subprocess.Popen[bytes]] = []
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
@@ -76,7 +76,7 @@ class Crew(Generic[Batch]):
         if self._threads is None:
             for batch in batches:
                 texts = self._texts_of(batch)
-                yield batch, self._encoder(texts) if texts else []
+                yield batch, self.encoder(texts) if texts else []
             return
         under_way: deque[tuple[Batch, Future[list[np.ndarray]]]] = deque()
         for batch in batches:
@@ -95,7 +95,7 @@ class Crew(Generic[Batch]):
         try:
             assert process.stdin is not None and process.stdout is not None
             if process.pid not in self._told:
-                send(process.stdin, self._encoder)
+                send(process.stdin, self.encoder)
                 self._told.add(process.pid)
             send(process.stdin, texts)
             reply: Any = receive(process.stdout)

@@ -64,7 +64,7 @@ class Fields:
             try:
                 if isinstance(row, RowError):
                     raise row
-                text = _look_up(row, self.text, name)
+                text = _encodable(_look_up(row, self.text, name))
                 source = by_name if self.source is None else _look_up(row, self.source, name)
             except RowError:
                 if not self.skip_bad:
@@ -90,6 +90,15 @@ def _look_up(row: Any, field: str, name: str) -> str:
     if not isinstance(value, str):
         raise RowError(f"{name}: {field}: expected text, got {type(value).__name__}")
     return value
+
+
+def _encodable(text: str) -> str:
+    """JSON may have halves of surrogate pairs; tokenizers take none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def stream(parts: Sequence[Part], fields: Fields, seed: int, shuffle: int) -> Iterator[Document]:

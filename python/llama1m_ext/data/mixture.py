@@ -79,8 +79,9 @@ def _share(source: Any, share: Any) -> float:
 class Selection:
     """Takes a document or not, by Fu et al.'s rule: short ones by chance, none of a source whose budget is spent.
 
-    A source's last document is taken whole, so a budget is met and exceeded by less than that document. Chance depends
-    on the seed and the document's id, not on what came before.
+    A source's last document is the one that would exceed its budget, and it is taken if that leaves the source nearer to
+    it; documents are never cut for a budget. When all sources are through and tokens are lacking all the same, the one
+    that lacks most gives them. Chance depends on the seed and the document's id, not on what came before.
 
     Args:
         tokens: of all sources together; None: no budgets.
@@ -93,24 +94,23 @@ class Selection:
     def __init__(
         self, tokens: int | None, mixture: Mapping[str, float] | None, below: int, keep: float, seed: int
     ) -> None:
+        self.tokens, self.below, self.keep, self.seed = tokens, below, keep, seed
         self.budgets: dict[str, float] | None = None
-        if tokens is not None:
-            total = sum(mixture.values()) if mixture else 1.0
-            self.budgets = {s: tokens * share / total for s, share in mixture.items()} if mixture else {"": tokens}
-        self.by_source = mixture is not None
-        self.below, self.keep, self.seed = below, keep, seed
-        self.spent: dict[str, int] = dict.fromkeys(self.budgets or (), 0)
-
-    def wants(self, source: str) -> bool:
-        """Is there budget left for this source? Once there is none, there never will be."""
-        if self.budgets is None:
-            return True
-        key = source if self.by_source else ""
-        return key in self.budgets and self.spent[key] < self.budgets[key]
+        if tokens is not None and mixture is not None:
+            total = sum(mixture.values())
+            self.budgets = {source: tokens * share / total for source, share in mixture.items()}
+        self.spent: dict[str, int] = dict.fromkeys(self.budgets or ("",), 0)
+        self.open = set(self.spent)
+        self.filling = self.budgets is None
+        """Whoever is open is so until there are tokens enough."""
 
     def lists(self, source: str) -> bool:
         """Does the mixture know it?"""
-        return not self.by_source or self.budgets is None or source in self.budgets
+        return self.budgets is None or source in self.budgets
+
+    def wants(self, source: str) -> bool:
+        """Is there budget left for this source?"""
+        return ("" if self.budgets is None else source) in self.open
 
     def lucky(self, document: str) -> bool:
         """Is it taken even if it is short?"""
@@ -119,17 +119,42 @@ class Selection:
         drawn = hashlib.blake2b(f"{self.seed} {document}".encode(), digest_size=8).digest()
         return int.from_bytes(drawn, "little") < self.keep * 2.0**64
 
-    def take(self, source: str, tokens: int) -> None:
-        """A document was taken."""
-        if self.budgets is not None:
-            self.spent[source if self.by_source else ""] += tokens
+    def take(self, source: str, tokens: int) -> bool:
+        """A document of a source that is wanted: is it taken?"""
+        key = "" if self.budgets is None else source
+        after = self.spent[key] + tokens
+        taken = True
+        if not self.filling and self.budgets is not None and after >= self.budgets[key]:
+            self.open.discard(key)
+            taken = after - self.budgets[key] <= self.budgets[key] - self.spent[key]
+        if taken:
+            self.spent[key] = after
+        if self.tokens is not None:
+            lacking = self.tokens - sum(self.spent.values())
+            if self.filling and lacking <= 0:
+                self.open.clear()
+            elif not self.open and lacking > 0 and self.budgets is not None:
+                most = max(self.budgets, key=lambda one: (self.budgets or {})[one] - self.spent[one])
+                self.open, self.filling = {most}, True
+        return taken
 
     @property
     def done(self) -> bool:
-        """All budgets are met."""
-        return self.budgets is not None and all(self.spent[key] >= budget for key, budget in self.budgets.items())
+        """No more documents are wanted."""
+        return not self.open
 
     def missing(self) -> dict[str, int]:
-        """Tokens that budgets lack, by source ("": of all)."""
-        budgets = self.budgets or {}
-        return {key: math.ceil(b - self.spent[key]) for key, b in budgets.items() if self.spent[key] < b}
+        """Tokens that are lacking when documents have ended, by source ("": whichever)."""
+        if self.tokens is None or self.done:
+            return {}
+        if self.filling or self.budgets is None:
+            return {key: self.tokens - sum(self.spent.values()) for key in self.open}
+        return {key: math.ceil(self.budgets[key] - self.spent[key]) for key in self.budgets if key in self.open}
+
+    def state(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {"spent": self.spent, "open": sorted(self.open), "filling": self.filling}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """As `state` gave it."""
+        self.spent, self.open, self.filling = dict(state["spent"]), set(state["open"]), state["filling"]

@@ -37,15 +37,16 @@ class Packer:
 
     "stream": documents follow each other as they come, and go on in the next row where a row ends (Fu et al.).
 
-    "whole": the same, but a document that doesn't fit into what is left of a row waits for the next one, and the longest
-    waiting one that fits takes its place. What is left when none fits is filled with the beginning of the shortest
-    waiting one, which goes on in a later row. So a document that fits into a row is cut only if it is the last of its row
-    and none shorter waits; one that is longer than a row begins at the start of a row and goes on in the next.
+    "whole": a row begins with the document that has waited longest, then takes the longest waiting one that fits, and
+    again (best fit, as Ding et al., arXiv 2404.10830, but of a stream). What is left when none fits is filled with the
+    beginning of the shortest waiting one, which goes on in a later row. So a document that fits into a row is cut only
+    if it is the last of its row and none shorter waits; one that is longer than a row goes on in the next. Tried and left:
+    taking documents as they come while they fit, which uses up the short ones before they are needed to fill rows.
 
     Args:
         length: tokens of a row.
         packing: see above.
-        waiting_tokens: that many wait before a row is made, and 2 rows at least.
+        waiting_tokens: that many wait before a row is made, and 2 rows at least. Default: WAITING_TOKENS.
 
     Attributes:
         tokens: how many wait.
@@ -53,10 +54,11 @@ class Packer:
             that one of these has (`longest_fitting`).
     """
 
-    def __init__(self, length: int, packing: Packing = "whole", waiting_tokens: int = WAITING_TOKENS) -> None:
+    def __init__(self, length: int, packing: Packing = "whole", waiting_tokens: int | None = None) -> None:
         self.length, self.packing = length, packing
         self.tokens = 0
         self.cuts = {"longer": 0, "fitting": 0, "longest_fitting": 0}
+        waiting_tokens = WAITING_TOKENS if waiting_tokens is None else waiting_tokens
         self._enough = max(2 * length, waiting_tokens) if packing == "whole" else length
         self._count = 0
         self._by_order: list[Piece] = []
@@ -94,9 +96,8 @@ class Packer:
         return np.concatenate([piece.ids for piece in pieces]), segments
 
     def _next(self, room: int) -> Piece:
-        oldest = self._by_order[0]
-        if self.packing == "stream" or len(oldest.ids) <= room or room == self.length:
-            return oldest
+        if self.packing == "stream" or room == self.length:
+            return self._by_order[0]
         fitting = bisect.bisect_right(self._by_size, (room, self._count), key=_key)
         if fitting:
             return self._by_size[fitting - 1]
