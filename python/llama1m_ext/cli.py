@@ -16,6 +16,7 @@ import typer
 from .data import cli as data_cli
 from .eval import cli as eval_cli
 from .train import cli as train_cli
+from .train import theta_cli
 
 app = typer.Typer(
     name="llama1m",
@@ -29,6 +30,7 @@ app.add_typer(bench, name="bench")
 cache = typer.Typer(help="Saved caches: what is in a file, and whether it is whole.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
 train_cli.register(app)
+theta_cli.register(app)
 
 
 def _has_a_place(path: Path | None) -> Path | None:

@@ -357,9 +357,9 @@ def test_the_command_is_stopped(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_trained_model_likes_the_theta_it_was_trained_with(tmp_path):
-    """The demo model at 4096 tokens of a novel that it never saw: no theta 2 times as large or small is better, and one that is
-    a thousand times smaller is bad."""
+def test_a_trained_model_needs_a_theta_for_the_length(tmp_path):
+    """The demo model at 16384 tokens of a novel that it never saw: it finds all needles with the theta it was trained with,
+    few with one ten thousand times smaller, and the search sees it."""
     import transformers
 
     from llama1m_ext.demo import MODEL_PATH
@@ -370,14 +370,16 @@ def test_a_trained_model_likes_the_theta_it_was_trained_with(tmp_path):
         model,
         tokenizer,
         load_book()[:HELD_OUT_CHARS],
-        [4096],
+        [16_384],
         needles=8,
         kind="sentence",
-        search=Search((0.001, 1000.0), points=3, widen=0, refine=3),
+        search=Search((1e-4, 1e4), points=3, widen=0, refine=2),
         out=tmp_path,
     )
     print(found.table())
     own = 2_804_339_835.0
     by = {t.theta: t for t in found.lengths[0].trials}
-    assert by[own].accuracy == 1 and by[own].objective < by[round(own * 0.001)].objective
+    assert by[own].accuracy == 1
+    assert by[round(own * 1e-4)].accuracy <= 0.75
+    assert by[own].objective < by[round(own * 1e-4)].objective - 0.25
     assert llama1m_ext.stats(model).served
