@@ -59,6 +59,11 @@ NOTEBOOKS = {
         r"int8 +\d+ +[0-2]\.\d+% +found",
         r"int4 +\d+ +\d+\.\d+% +found",
     ],
+    "09_needle_and_theta.ipynb": [
+        r"all +100\.0% +100\.0% +100\.0% +100\.0%",
+        r"its own theta +100% +100% +100% +100% +1[0-9]{2}\.\d",
+        r"1e4 \(Llama 2\) +\d+% +\d+% +\d+% +0% +1\d{2}\.\d",
+    ],
 }
 
 
@@ -88,7 +93,7 @@ def test_notebook(execute, name):
     text = execute(notebook)
     for words in NOTEBOOKS[name]:
         assert re.search(words, text), text
-    if name == "08_kv_formats.ipynb":
+    if name in ("08_kv_formats.ipynb", "09_needle_and_theta.ipynb"):
         assert any("image/png" in output.get("data", {}) for output in notebook.cells[-1].outputs)
 
 
