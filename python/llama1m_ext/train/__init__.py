@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .cross_entropy import linear_cross_entropy
     from .forward import Trainee, loss
     from .loop import Result, Step, extend
+    from .planning import TrainingPlan, plan
     from .signals import Interrupted
     from .stages import Lora, Run, Settings, Stage, StagesError
 
@@ -25,6 +26,8 @@ _FROM = {
     "extend": "loop",
     "linear_cross_entropy": "cross_entropy",
     "loss": "forward",
+    "plan": "planning",
+    "TrainingPlan": "planning",
 }
 __all__ = [
     "Interrupted",
@@ -36,9 +39,11 @@ __all__ = [
     "StagesError",
     "Step",
     "Trainee",
+    "TrainingPlan",
     "extend",
     "linear_cross_entropy",
     "loss",
+    "plan",
 ]
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .stages import Settings
+
 
 @dataclass(frozen=True)
 class Devices:
@@ -80,6 +82,21 @@ class Devices:
         if error is not None:
             raise error
         raise OSError(f"{what} failed on another rank")
+
+
+def spread(trainee: Any, settings: Settings) -> Any:
+    """Spreads a `Trainee`'s weights over all ranks, layer by layer (FSDP2), in place. Shards are float32, and come together in the
+    dtype that computes."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    with torch.no_grad():
+        for p in trainee.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, settings.dtype), reduce_dtype=torch.float32)
+    for layer in trainee.layers:
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(trainee, mp_policy=policy)
 
 
 def join(device: str | torch.device | None = None) -> Devices:

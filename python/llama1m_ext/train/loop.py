@@ -20,11 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import tensorfile
-from . import cross_entropy, models, rotation, saves
+from .. import memory, plan_shape, tensorfile
+from . import cross_entropy, models, planning, rotation, saves
 from .attention import Apart
 from .dataset import Data, folder_of
-from .devices import Devices, join
+from .devices import Devices, join, spread
 from .forward import Trainee, causal_of, shift
 from .journal import Journal
 from .journal import check as check_logs
@@ -218,6 +218,7 @@ class _Trainer:
         self.evaluate, self.on_step, self.tokenizer = evaluate, on_step, tokenizer
         self.show = (sys.stderr.isatty() if progress == "auto" else progress) and devices.is_first
         self.source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+        self.sharded = devices.world_size > 1 and self.settings.devices == "shard"
         for stage in run.stages:
             _check_rows(stage, devices)
         self.sources = [folder_of(stage, data) for stage in run.stages]
@@ -242,15 +243,20 @@ class _Trainer:
         if started.resume:
             self.save = saves.newest(self.out, devices, self._say)
             self.at = self.save.at if self.save is not None else None
-        needed = (self.settings.checkpoints + 1) * self._checkpoint_bytes() + self._folder_bytes()
-        if devices.is_first:
-            held = sum(f.stat().st_size for path in saves.found(self.out) for f in path.iterdir())
-            saves.room(self.out, needed - held, f"{self.settings.checkpoints + 1} checkpoints and the stages' models")
-        self.journal = Journal(self.out, log, self.at, run.to_dict()) if devices.is_first else None
-        self.trainee = Trainee(self.model)
+        self.journal: Journal | None = None
+        devices.each("making ready", (lambda: self._make_ready(log)) if devices.is_first else lambda: None)
+        self.trainee: Any = Trainee(self.model)
+        if self.sharded:
+            self.trainee = spread(self.trainee, self.settings)
         self.place = place(
             None if self.settings.offload == "none" else self.settings.offload, self.settings.offload_dir or None
         )
+
+    def _make_ready(self, log: Sequence[str]) -> None:
+        needed = (self.settings.checkpoints + 1) * self._checkpoint_bytes() + self._folder_bytes()
+        held = sum(f.stat().st_size for path in saves.found(self.out) for f in path.iterdir())
+        saves.room(self.out, needed - held, f"{self.settings.checkpoints + 1} checkpoints and the stages' models")
+        self.journal = Journal(self.out, log, self.at, self.run.to_dict())
 
     def all(self) -> Result:
         """All stages that are not done yet."""
@@ -323,8 +329,7 @@ class _Trainer:
                 while step < stage.steps:
                     random = _random(self.devices.device)
                     begin = time.perf_counter()
-                    loss, norm = self._gradients(i, stage, step)
-                    norm = optimizer.clipped() if norm is None else norm
+                    loss, norm = self._gradients(i, stage, optimizer, step)
                     if not (math.isfinite(loss) and math.isfinite(norm)):
                         raise FloatingPointError(
                             f"stage {stage.name}, step {step + 1}: expected a finite loss and gradient, got {loss} and {norm}; "
@@ -370,8 +375,8 @@ class _Trainer:
                 ) from None
         return step, loss
 
-    def _gradients(self, i: int, stage: Stage, step: int) -> tuple[float, float | None]:
-        """Sums the gradients of a step. (loss, their norm if it is known)."""
+    def _gradients(self, i: int, stage: Stage, optimizer: Optimizer, step: int) -> tuple[float, float]:
+        """Sums the gradients of a step, and clips them. (loss, their norm before)."""
         devices, data = self.devices, self.data[i]
         share = stage.rows // devices.world_size
         first = step * stage.rows + devices.rank * share
@@ -402,17 +407,48 @@ class _Trainer:
                     denominator=weight,
                     ce_chunk=self.settings.ce_chunk or None,
                 )
-            loss.backward()
             total += float(loss.detach())
+            if self.sharded:
+                loss = loss * devices.world_size  # FSDP takes the mean over ranks
+            loss.backward()
             self.place.clear()
+        if not self.sharded:
+            devices.add_up(optimizer.gradients())
         (total,) = devices.total(total)
-        return total, None
+        return total, optimizer.clipped()
 
     # -- what is around it ------------------------------------------------------------------------------------------------
 
     def _planned(self) -> list[str]:
-        """What layers keep, for each stage."""
-        return ["attention" if self.settings.keep == "auto" else self.settings.keep for _ in self.run.stages]
+        """What layers keep, for each stage.
+
+        Raises:
+            DoesNotFit: a stage does not fit into what is free.
+        """
+        device, inner = self.devices.device, causal_of(self.model).model
+        shape = plan_shape.of_model(inner, self.model)
+        trained = sum(p.numel() for _, p in models.trained(self.model))
+        free = memory.free_bytes(device)
+        made = planning.planned(
+            self.run,
+            shape,
+            trained,
+            None if free is None else free + shape.resident_bytes,  # which are there already
+            gpu=device.type == "cuda",
+            devices=self.devices.world_size,
+            shards=self.devices.world_size if self.sharded else 1,
+            threads=torch.get_num_threads(),
+        )
+        made.check()
+        keeps = [each.keep for each in made.stages]
+        if self.devices.world_size > 1:  # all alike: the least that any of them has room for
+            order = ("all", "attention", "inputs")
+            for i, keep in enumerate(keeps):
+                for least in reversed(order):
+                    if self.devices.any_says(keep == least):
+                        keeps[i] = least
+                        break
+        return keeps
 
     def _agree_with(self, identity: dict[str, Any]) -> None:
         """Writes down what the run was told, or compares with what is written there."""
@@ -444,7 +480,9 @@ class _Trainer:
             )
 
     def _write(self, at: At, optimizer: Optimizer, random: list[tuple[str, Tensor]] | None = None) -> None:
-        tensors = [*optimizer.state(), *(random or _random(self.devices.device))]
+        tensors = random or _random(self.devices.device)
+        if self.sharded or self.devices.is_first:
+            tensors = [*optimizer.state(), *tensors]
         saves.write(self.out, at, tensors, {}, self.devices)
         if self.devices.is_first:
             saves.prune(self.out, self.settings.checkpoints)

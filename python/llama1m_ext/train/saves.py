@@ -105,25 +105,36 @@ class Save:
 
     def __init__(self, path: Path, devices: Devices) -> None:
         self.path = path
-        file = path / f"rank-{devices.rank}.safetensors"
-        self._source = PageSource.open(file)
-        metadata, self._spans = tensorfile.read(self._source)
-        self.facts = tensorfile.description(metadata, KEY, str(file))
+        # Where all ranks hold everything, the first one has written it for all.
+        self._files = [_File(path / f"rank-{rank}.safetensors") for rank in dict.fromkeys((devices.rank, 0))]
+        self.facts = self._files[0].facts
         try:
             self.at = At(int(self.facts["stage"]), int(self.facts["step"]), bool(self.facts["ended"]))
             world_size = int(self.facts["world_size"])
         except (KeyError, TypeError, ValueError) as e:
-            raise CacheDamaged(f"{file}: the metadata make no sense: {e!r}") from None
+            raise CacheDamaged(f"{path}: the metadata make no sense: {e!r}") from None
         if world_size != devices.world_size:
             raise CacheDamaged(
-                f"{file}: expected a checkpoint of {devices.world_size} processes, got one of {world_size}"
+                f"{path}: expected a checkpoint of {devices.world_size} processes, got one of {world_size}"
             )
-        for name, (span, expected) in self._spans.items():
-            if expected is None or checksum(as_bytes(self._read(span))) != expected:
-                raise CacheDamaged(f"{file}: {name} is not what was written: the file is damaged")
 
     def tensor(self, name: str) -> Tensor | None:
         """The tensor of a name, None where there is none."""
+        return next((t for t in (file.tensor(name) for file in self._files) if t is not None), None)
+
+
+class _File:
+    """A file of tensors that was read once, and is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._source = PageSource.open(path)
+        metadata, self._spans = tensorfile.read(self._source)
+        self.facts = tensorfile.description(metadata, KEY, str(path))
+        for name, (span, expected) in self._spans.items():
+            if expected is None or checksum(as_bytes(self._read(span))) != expected:
+                raise CacheDamaged(f"{path}: {name} is not what was written: the file is damaged")
+
+    def tensor(self, name: str) -> Tensor | None:
         at = self._spans.get(name)
         return None if at is None else self._read(at[0])
 

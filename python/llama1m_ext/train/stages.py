@@ -15,6 +15,7 @@ DEFAULT = "gradient-1048k"
 SCHEDULES = ("constant", "linear", "cosine")
 KEEP = ("auto", "all", "attention", "inputs")
 OFFLOAD = ("none", "host", "disk")
+DEVICES = ("replicate", "shard")
 DTYPES = ("float32", "bfloat16")
 _ALIASES = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16"}
 
@@ -109,6 +110,8 @@ class Settings:
         offload_dir: the folder of that file; "": where temporary files go.
         chunk: positions that go through an MLP at a time.
         ce_chunk: positions whose logits are alive at a time; 0: by bytes.
+        devices: what several processes do (torchrun): "replicate" all weights, or "shard" them, with gradients and the optimizer's
+            states, over all (FSDP2). Each computes rows of its own.
         checkpoint_steps, checkpoint_minutes: a checkpoint after so many steps, or so much time, whichever is first; 0: never.
         checkpoints: how many are kept.
         save_dtype: of the model folders; "": that of the weights.
@@ -123,6 +126,7 @@ class Settings:
     offload_dir: str = ""
     chunk: int = 2048
     ce_chunk: int = 0
+    devices: str = "replicate"
     checkpoint_steps: int = 0
     checkpoint_minutes: float = 15.0
     checkpoints: int = 2
@@ -307,6 +311,7 @@ def _settings(given: Mapping[str, Any]) -> Settings:
         )
     _one_of(where, "keep", fields.get("keep", "auto"), KEEP)
     _one_of(where, "offload", fields.get("offload", "none"), OFFLOAD)
+    _one_of(where, "devices", fields.get("devices", "replicate"), DEVICES)
     if not isinstance(fields.get("offload_dir", ""), str):
         raise StagesError(f"{where}: offload_dir: expected a folder, got {fields['offload_dir']!r}")
     lora = fields.get("lora")
