@@ -207,6 +207,11 @@ impl<'a> KvRef<'a> {
         [s[0], s[1], self.len, d]
     }
 
+    /// Tokens that the pages hold, in use or not.
+    pub fn held(&self) -> usize {
+        self.start[self.k.len()]
+    }
+
     /// Element type of dense k and v; None where every page is compact.
     pub fn dtype(&self) -> Option<DType> {
         self.k.iter().chain(&self.v).find_map(Side::dtype)
@@ -270,14 +275,29 @@ pub struct AttnArgs<'a> {
 /// A call that has been checked: every engine's input.
 #[derive(Debug)]
 pub struct Problem<'a> {
-    /// `[batch, q_heads, q_len, head_dim]`.
-    pub q: TensorRef<'a>,
-    /// Keys and values.
-    pub kv: KvRef<'a>,
+    /// What is compared with what.
+    pub scores: Scores<'a>,
     /// Output.
     pub out: TensorMut<'a>,
     /// Optional log-sum-exp.
     pub lse: Option<TensorMut<'a>>,
+}
+
+impl<'a> std::ops::Deref for Problem<'a> {
+    type Target = Scores<'a>;
+
+    fn deref(&self) -> &Scores<'a> {
+        &self.scores
+    }
+}
+
+/// Queries, and the keys and values that each of them sees: what a forward and a backward pass share.
+#[derive(Debug)]
+pub struct Scores<'a> {
+    /// `[batch, q_heads, q_len, head_dim]`.
+    pub q: TensorRef<'a>,
+    /// Keys and values.
+    pub kv: KvRef<'a>,
     /// Batch rows.
     pub batch: usize,
     /// Query heads.
@@ -306,6 +326,64 @@ impl<'a> AttnArgs<'a> {
     /// # Errors
     /// Names the argument, what was expected and what came.
     pub fn validate(self) -> Result<Problem<'a>> {
+        let (out, lse) = (self.out, self.lse);
+        let scores = ScoreArgs {
+            q: self.q,
+            kv: self.kv,
+            causal: self.causal,
+            softmax_scale: self.softmax_scale,
+            q_start: self.q_start,
+            kv_start: self.kv_start,
+            kv_end: self.kv_end,
+        }
+        .validate()?;
+        as_q("out", &scores, out.shape(), out.dtype())?;
+        if let Some(lse) = &lse {
+            per_query("lse", &scores, lse.shape(), lse.dtype())?;
+        }
+        Ok(Problem { scores, out, lse })
+    }
+}
+
+/// A tensor of q's shape, in q's dtype or float32.
+pub(crate) fn as_q(name: &str, s: &Scores, shape: [usize; 4], dtype: DType) -> Result<()> {
+    if shape != s.q.shape() {
+        return Err(Error::value(name, format!("the shape of q, {:?}", s.q.shape()), format!("{shape:?}")));
+    }
+    if dtype != s.q.dtype() && dtype != DType::F32 {
+        let want = format!("the dtype of q, {}, or float32", s.q.dtype().name());
+        return Err(Error::type_(name, want, dtype.name()));
+    }
+    Ok(())
+}
+
+/// One float32 for each query of each head.
+pub(crate) fn per_query(name: &str, s: &Scores, shape: [usize; 4], dtype: DType) -> Result<()> {
+    if dtype != DType::F32 {
+        return Err(Error::type_(name, "float32", dtype.name()));
+    }
+    let (batch, q_heads, q_len) = (s.batch, s.q_heads, s.q_len);
+    if shape != [batch, q_heads, q_len, 1] {
+        return Err(Error::value(name, format!("[{batch}, {q_heads}, {q_len}]"), format!("{:?}", &shape[..3])));
+    }
+    Ok(())
+}
+
+/// The part of a call that says which query sees which key; fields as in [`AttnArgs`].
+#[derive(Debug)]
+pub(crate) struct ScoreArgs<'a> {
+    pub q: TensorRef<'a>,
+    pub kv: KvRef<'a>,
+    pub causal: bool,
+    pub softmax_scale: Option<f64>,
+    pub q_start: Option<i64>,
+    pub kv_start: Option<&'a [i64]>,
+    pub kv_end: Option<&'a [i64]>,
+}
+
+impl<'a> ScoreArgs<'a> {
+    /// Checks everything once.
+    pub fn validate(self) -> Result<Scores<'a>> {
         let [batch, q_heads, q_len, head_dim] = self.q.shape();
         let [kb, kv_heads, kv_len, kd] = self.kv.shape();
         if let Some(dtype) = self.kv.dtype().filter(|d| *d != self.q.dtype()) {
@@ -321,26 +399,6 @@ impl<'a> AttnArgs<'a> {
         }
         if q_heads > 0 && (kv_heads == 0 || q_heads % kv_heads != 0) {
             return Err(Error::value("k", format!("kv_heads to divide q_heads={q_heads}"), kv_heads));
-        }
-        if self.out.shape() != self.q.shape() {
-            return Err(Error::value(
-                "out",
-                format!("the shape of q, {:?}", self.q.shape()),
-                format!("{:?}", self.out.shape()),
-            ));
-        }
-        if self.out.dtype() != self.q.dtype() && self.out.dtype() != DType::F32 {
-            let want = format!("the dtype of q, {}, or float32", self.q.dtype().name());
-            return Err(Error::type_("out", want, self.out.dtype().name()));
-        }
-        if let Some(lse) = &self.lse {
-            if lse.dtype() != DType::F32 {
-                return Err(Error::type_("lse", "float32", lse.dtype().name()));
-            }
-            if lse.shape() != [batch, q_heads, q_len, 1] {
-                let got = &lse.shape()[..3];
-                return Err(Error::value("lse", format!("[{batch}, {q_heads}, {q_len}]"), format!("{got:?}")));
-            }
         }
         let scale = self.softmax_scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
         if !(scale as f32).is_finite() {
@@ -361,11 +419,9 @@ impl<'a> AttnArgs<'a> {
             Some(s) => s,
             None => kv_len as i64 - q_len as i64,
         };
-        Ok(Problem {
+        Ok(Scores {
             q: self.q,
             kv: self.kv,
-            out: self.out,
-            lse: self.lse,
             batch,
             q_heads,
             kv_heads,
@@ -382,7 +438,7 @@ impl<'a> AttnArgs<'a> {
     }
 }
 
-impl Problem<'_> {
+impl Scores<'_> {
     /// Whether keys after a query's own position are hidden.
     pub fn causal(&self) -> bool {
         self.causal

@@ -3,6 +3,7 @@
 use crate::args::{AttnArgs, Problem};
 use crate::cpu::{self, Context};
 use crate::error::Result;
+use crate::gradients::BackwardArgs;
 
 /// Exact attention of q over the visible keys; few rows go to decode, the rest to prefill.
 ///
@@ -33,4 +34,13 @@ pub fn attention_forward(args: AttnArgs, cx: &Context) -> Result<()> {
 pub fn attention_decode(args: AttnArgs, cx: &Context) -> Result<()> {
     let p: Problem = args.validate()?;
     cpu::decode::attention_decode(&p, cx)
+}
+
+/// Gradients of q, k and v from what the forward pass left, blockwise: memory beyond the results is float32 dk and dv of a
+/// few heads (see [`cpu::backward`]). The same bits on any number of threads.
+///
+/// # Errors
+/// As [`attention`]; compact keys and values have no gradients.
+pub fn attention_backward(args: BackwardArgs, cx: &Context) -> Result<()> {
+    cpu::backward::attention_backward(&args.validate()?, cx)
 }

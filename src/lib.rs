@@ -5,8 +5,8 @@
 //! ```text
 //! door         py            pyo3: tensors come in, errors go out (feature `python`)
 //! operations   attention     check once, choose the kernel
-//! engines      cpu cuda      attention_forward, attention_decode, kv_append, kv_read, rope_apply, merge_partials
-//! mathematics  args shapes softmax tiling rope quant reference
+//! engines      cpu cuda      attention_forward, attention_decode, attention_backward, kv_append, kv_read, rope_apply, merge_partials
+//! mathematics  args gradients shapes softmax tiling rope quant reference
 //! words        error dtype tensor
 //! ```
 //!
@@ -21,6 +21,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod dtype;
 pub mod error;
+pub mod gradients;
 #[cfg(feature = "python")]
 mod py;
 pub mod quant;
@@ -35,4 +36,5 @@ pub use args::{AttnArgs, KvRef, Side};
 pub use cpu::Context;
 pub use dtype::DType;
 pub use error::{Error, Result};
+pub use gradients::BackwardArgs;
 pub use tensor::{TensorMut, TensorRef};

@@ -13,13 +13,17 @@ pub const MAX_POSITION: i64 = 1 << 40;
 /// `1 / (2 pi)` as 0.128-bit fixed point.
 const INV_TWO_PI: u128 = 0x28BE_60DB_9391_054A_7F09_D5F4_7D4D_3770;
 
-/// Turns a token of one frequency, as 0.64-bit fixed point (whole turns dropped).
+/// Turns a token of one frequency, as 0.64-bit fixed point (whole turns dropped). A negative frequency turns back by exactly
+/// what its positive one turns.
 ///
 /// # Errors
-/// When `inv_freq` is not a finite number >= 0 and below 2^32.
+/// When `inv_freq` is not a finite number between -2^32 and 2^32.
 pub fn turns(inv_freq: f64) -> Result<u64> {
-    if !(inv_freq.is_finite() && (0.0..4_294_967_296.0).contains(&inv_freq)) {
-        return Err(Error::value("inv_freq", "finite numbers from 0 to 2^32", inv_freq));
+    if !(inv_freq.is_finite() && inv_freq.abs() < 4_294_967_296.0) {
+        return Err(Error::value("inv_freq", "finite numbers between -2^32 and 2^32", inv_freq));
+    }
+    if inv_freq < 0.0 {
+        return turns(-inv_freq).map(u64::wrapping_neg);
     }
     if inv_freq == 0.0 {
         return Ok(0);
@@ -82,7 +86,8 @@ mod tests {
         assert_eq!(one, (INV_TWO_PI >> 64) as u64 + ((INV_TWO_PI >> 63) & 1) as u64);
         assert_eq!(turns(0.5).unwrap(), (INV_TWO_PI >> 65) as u64 + ((INV_TWO_PI >> 64) & 1) as u64);
         assert_eq!(turns(f64::MIN_POSITIVE).unwrap(), 0);
-        for bad in [f64::NAN, f64::INFINITY, -1.0, 1e10] {
+        assert_eq!(turns(-1.0).unwrap(), one.wrapping_neg());
+        for bad in [f64::NAN, f64::INFINITY, 1e10, -1e10] {
             assert!(turns(bad).is_err(), "{bad}");
         }
     }

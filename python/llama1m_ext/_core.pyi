@@ -31,6 +31,28 @@ def attention(
 ) -> None:
     """Exact attention on CPU tensors or numpy arrays, written to `out` and `lse`."""
 
+def attention_backward(
+    grad_out: Array,
+    q: Array,
+    k: Array | Sequence[Side],
+    v: Array | Sequence[Side],
+    out: Array,
+    lse: Array,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    q_start: int | None = None,
+    kv_start: Array | int | None = None,
+    kv_end: Array | int | None = None,
+    kv_len: int | None = None,
+    grad_lse: Array | None = None,
+    threads: int = 1,
+) -> None:
+    """Gradients of exact attention on CPU tensors or numpy arrays, written to `dq`, `dk` and `dv`."""
+
 def merge_partials(
     outs: Array | Sequence[Array],
     lses: Array | Sequence[Array],

@@ -3,8 +3,8 @@
 q, k, v are `[batch, heads, len, head_dim]` views with any strides but a contiguous last axis; float32, bfloat16 or
 float16. Tensors on the CPU are computed there, on `torch.get_num_threads()` threads; those on an NVIDIA GPU on that GPU,
 in torch's current stream, and nothing waits for it. All tensors of a call are on one device, but `inv_freq`, which is on
-the CPU. Nothing here has gradients yet. Inside `torch.compile` the calls become custom operators
-(`torch.ops.llama1m_ext`), so that no graph breaks.
+the CPU. `attention` over dense keys and values, `merge_partials` and `rope_apply` have gradients. Inside `torch.compile`, and
+where something needs a gradient, the calls are custom operators (`torch.ops.llama1m_ext`), so that no graph breaks.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from . import _core, cuda
+from . import _core, cuda, gradients
 from .formats import Compact, Page, Side
 
-__all__ = ["attention", "kv_append", "kv_read", "merge_partials", "rope_apply"]
+__all__ = ["attention", "attention_backward", "kv_append", "kv_read", "merge_partials", "rope_apply"]
 
 Pages = Side | Sequence[Side]
 Tensors = Tensor | Sequence[Tensor]
@@ -63,28 +63,97 @@ def attention(
         return_lse: also return the natural log-sum-exp of the scores.
         out_dtype: q's dtype (default), or float32, for partials that are merged.
 
+    Where q, k or v needs a gradient, out and lse have one; see `attention_backward` for what that costs. Keys and values must
+    be dense then.
+
     Returns:
         out `[batch, q_heads, q_len, head_dim]` in q's dtype (or `out_dtype`), laid out `[batch, q_len, q_heads, head_dim]` in memory, so
         that `out.transpose(1, 2).reshape(batch, q_len, -1)` costs nothing; with `return_lse` also lse, float32
         `[batch, q_heads, q_len]`.
 
     Raises:
-        TypeError: a dtype, device or kind of argument that is not served; an input that needs a gradient.
+        TypeError: a dtype, device or kind of argument that is not served; a gradient that we can't give.
         ValueError: shapes, strides or numbers that don't fit; the message names the argument and both values.
         cuda.Missing: tensors on a GPU, and its driver or kernels for it are not there; the message says which.
     """
-    if _traced(q):
+    traced = _traced(q)
+    if not traced:
+        _tensors("q", [q])
+        for name, pages in (("k", k), ("v", v)):
+            for page in _pages(pages):
+                _tensors(name, page if isinstance(page, Compact) else [page])
+    graded = torch.is_grad_enabled() and _needs_gradient(q, k, v)
+    if traced or graded:
         pages_k, pages_v = _flat(k), _flat(v)
         starts, ends = _row_tensor(kv_start, q), _row_tensor(kv_end, q)
+        with_lse = return_lse or graded  # which the backward pass needs
         out, lse = torch.ops.llama1m_ext.attention(
-            q, pages_k, pages_v, causal, softmax_scale, q_start, starts, ends, kv_len, return_lse, out_dtype
+            q, pages_k, pages_v, causal, softmax_scale, q_start, starts, ends, kv_len, with_lse, out_dtype
         )
         return (out, lse) if return_lse else out
-    _tensors("q", [q])
-    for name, pages in (("k", k), ("v", v)):
-        for page in _pages(pages):
-            _tensors(name, page if isinstance(page, Compact) else [page])
     return _attention(q, k, v, causal, softmax_scale, q_start, kv_start, kv_end, kv_len, return_lse, out_dtype)
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensors,
+    v: Tensors,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    q_start: int | None = None,
+    kv_start: Tensor | int | None = None,
+    kv_end: Tensor | int | None = None,
+    kv_len: int | None = None,
+    grad_lse: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensors, Tensors]:
+    """Gradients of q, k and v, blockwise, from what `attention` returned (Dao, 2307.08691).
+
+    The weights are computed again, a block at a time: 10 head_dim operations for each query head, query and key that it sees,
+    where the forward pass took 4. Memory beyond the results: float32 dk and dv of one kv head per thread (at most of all).
+    The same bits in every run, on any number of threads.
+
+    Args:
+        grad_out: the gradient of out, `[batch, q_heads, q_len, head_dim]`, q's dtype or float32.
+        q, k, v: as in `attention`, dense; pages as lists.
+        out: what `attention` returned, q's dtype or float32.
+        lse: likewise, float32 `[batch, q_heads, q_len]`. Log-sum-exps over more keys than these (of a merge, with its out)
+            give these keys' share of the whole's gradients.
+        causal, softmax_scale, q_start, kv_start, kv_end, kv_len: as they were in `attention`.
+        grad_lse: the gradient of lse, float32 `[batch, q_heads, q_len]`; None: 0.
+        grad_dtype: q's dtype (default), or float32, for gradients that are added up.
+
+    Returns:
+        (dq, dk, dv) of the shapes of q, k and v, dk and dv as lists where those are lists; summed over the q heads of each
+        kv head. Tokens that nobody sees get zeros.
+
+    Raises:
+        TypeError, ValueError, cuda.Missing: as `attention`.
+    """
+    pages_k, pages_v = _pages(k), _pages(v)
+    for name, pages in (("k", pages_k), ("v", pages_v)):
+        if any(isinstance(page, Compact) for page in pages):
+            raise TypeError(f"{name}: expected dense tensors, which alone have gradients, got Compact")
+    flat_k, flat_v = _flat(pages_k), _flat(pages_v)
+    with torch.no_grad():
+        if _traced(q):
+            starts, ends = _row_tensor(kv_start, q), _row_tensor(kv_end, q)
+            options = (causal, softmax_scale, q_start, starts, ends, kv_len, grad_lse, grad_dtype)
+            dq, dk, dv = torch.ops.llama1m_ext.attention_backward(grad_out, q, flat_k, flat_v, out, lse, *options)
+        else:
+            for name, tensors in (("k", flat_k), ("v", flat_v)):
+                _tensors(name, tensors)
+            for name, tensor in (("grad_out", grad_out), ("q", q), ("out", out), ("lse", lse)):
+                _tensors(name, [tensor])
+            where = (causal, softmax_scale, q_start, kv_start, kv_end, kv_len, grad_lse, grad_dtype)
+            dq, dk, dv = gradients.attention_backward(grad_out, q, flat_k, flat_v, out, lse, *where)
+    if isinstance(k, Tensor):
+        return dq, dk, dv
+    return dq, gradients.by_page(dk, flat_k), gradients.by_page(dv, flat_v)
 
 
 def kv_append(
@@ -116,8 +185,9 @@ def kv_append(
         sides = _flat(page.k), _flat(page.v)
         torch.ops.llama1m_ext.kv_append(k, v, *sides, at, positions, inv_freq, attention_scaling)
         return
-    _tensors("k", [k])
-    _tensors("v", [v])
+    for name, t in (("k", k), ("v", v)):
+        _tensors(name, [t])
+        _without_gradient(name, [t])
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"v: expected the batch, heads and length of k, {tuple(k.shape)}, got {tuple(v.shape)}")
     if (positions is None) != (inv_freq is None):
@@ -162,11 +232,13 @@ def merge_partials(outs: Tensors, lses: Tensors) -> tuple[Tensor, Tensor]:
         TypeError, ValueError: as `attention`.
     """
     out_list, lse_list = _unstack("outs", outs, 4), _unstack("lses", lses, 3)
-    if _traced(out_list[0]):
+    traced = _traced(out_list[0])
+    if not traced:
+        _tensors("outs", out_list)
+        _tensors("lses", lse_list)
+    if traced or (torch.is_grad_enabled() and any(t.requires_grad for t in (*out_list, *lse_list))):
         merged: tuple[Tensor, Tensor] = torch.ops.llama1m_ext.merge_partials(out_list, lse_list)
         return merged
-    _tensors("outs", out_list)
-    _tensors("lses", lse_list)
     return _merge_partials(out_list, lse_list)
 
 
@@ -191,7 +263,8 @@ def rope_apply(
         k: `[batch, kv_heads, len, head_dim]`, or None.
         positions: int64 `[batch, len]`, `[1, len]` or `[len]`, each from 0 to 2^40 (on a GPU, which nobody waits for,
             another one gives NaN).
-        inv_freq: float64 `[rotary_dim / 2]`, radians a token; on the CPU, wherever the others are.
+        inv_freq: float64 `[rotary_dim / 2]`, radians a token, the other way round where negative; on the CPU, wherever the
+            others are. It has no gradient.
         attention_scaling: multiplies cos and sin (YaRN, longrope).
         q_out: where to write; may be q itself. Default: a new tensor.
         k_out: likewise for k.
@@ -202,16 +275,25 @@ def rope_apply(
     Raises:
         TypeError, ValueError: as `attention`.
     """
-    if _traced(q):
+    _without_gradient("inv_freq", [inv_freq])
+    graded = torch.is_grad_enabled() and (_graded(q) or _graded(k))
+    if graded and not (q_out is None and k_out is None):
+        raise TypeError(
+            "q_out, k_out: expected None where q or k needs a gradient, which a result written in place has not; "
+            "call without them, or under torch.no_grad()"
+        )
+    traced = _traced(q)
+    if not traced:
+        _tensors("q", [q])
+        if k is not None:
+            _tensors("k", [k])
+    if traced or graded:
         q_new, k_new = torch.ops.llama1m_ext.rope_apply(q, k, positions, inv_freq, attention_scaling)
         if q_out is not None:
             q_new = q_out.copy_(q_new)
         if k is not None and k_out is not None:
             k_new = k_out.copy_(k_new)
         return q_new, k_new if k is not None else None
-    _tensors("q", [q])
-    if k is not None:
-        _tensors("k", [k])
     return _rope_apply(q, k, positions, inv_freq, attention_scaling, q_out, k_out)
 
 
@@ -232,7 +314,7 @@ def transform() -> str | None:
 
 
 def _tensors(name: str, tensors: Sequence[object]) -> None:
-    """Raises where an argument is no tensor, or would need a gradient that we can't give."""
+    """Raises where an argument is no tensor, or inside something that looks into tensors."""
     around = transform()
     if around is not None:
         raise TypeError(
@@ -242,11 +324,37 @@ def _tensors(name: str, tensors: Sequence[object]) -> None:
     for t in tensors:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-        if t.requires_grad and torch.is_grad_enabled():
-            raise TypeError(
-                f"{name}: expected a tensor without gradient, got requires_grad=True; "
-                "call under torch.no_grad() or torch.inference_mode()"
-            )
+
+
+def _without_gradient(name: str, tensors: Sequence[object]) -> None:
+    """Raises where an argument needs a gradient that we can't give."""
+    if torch.is_grad_enabled() and any(map(_graded, tensors)):
+        raise TypeError(
+            f"{name}: expected a tensor without gradient, got requires_grad=True; "
+            "call under torch.no_grad() or torch.inference_mode()"
+        )
+
+
+def _graded(x: object) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _needs_gradient(q: Tensor, k: Pages, v: Pages) -> bool:
+    """Whether attention needs one; raises where it needs one that we can't give."""
+    pages = [("k", page) for page in _pages(k)] + [("v", page) for page in _pages(v)]
+    for name, page in pages:
+        if isinstance(page, Compact):
+            _without_gradient(name, page)
+    needed = _graded(q) or any(_graded(page) for _, page in pages)
+    if needed:
+        for name, page in pages:
+            if isinstance(page, Compact):
+                raise TypeError(
+                    f"{name}: expected dense tensors where something needs a gradient, got Compact; "
+                    "call under torch.no_grad() or torch.inference_mode()"
+                )
+        gradients.refuse(q)
+    return needed
 
 
 def _pages(x: Pages) -> list[Side]:
@@ -286,14 +394,6 @@ def _row_tensor(x: Tensor | int | None, q: Tensor) -> Tensor | None:
     return torch.full((q.shape[0],), x, dtype=torch.int64, device=q.device)
 
 
-def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An output for x: `[batch, heads, len, head_dim]` over memory `[batch, len, heads, head_dim]`."""
-    if x.dim() != 4:
-        return torch.empty_like(x)  # the core names the argument and refuses
-    batch, heads, length, head_dim = x.shape
-    return torch.empty((batch, length, heads, head_dim), dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
-
-
 def _attention(
     q: Tensor,
     k: Pages,
@@ -307,7 +407,7 @@ def _attention(
     return_lse: bool,
     out_dtype: torch.dtype | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    out = _like(q, out_dtype)
+    out = gradients.like(q, out_dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     k = [k] if isinstance(k, Compact) else k
     v = [v] if isinstance(v, Compact) else v
@@ -357,7 +457,7 @@ def _kv_read(side: Side, of: str, start: int, end: int, head_dim: int, dtype: to
 
 
 def _merge_partials(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    out = _like(outs[0])
+    out = gradients.like(outs[0])
     lse = torch.empty(outs[0].shape[:3], dtype=torch.float32, device=outs[0].device)
     if cuda.serves(out):
         cuda.merge_partials(outs, lses, out, lse)
@@ -375,9 +475,9 @@ def _rope_apply(
     q_out: Tensor | None = None,
     k_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    q_out = _like(q) if q_out is None else q_out
+    q_out = gradients.like(q) if q_out is None else q_out
     if k is not None and k_out is None:
-        k_out = _like(k)
+        k_out = gradients.like(k)
     if cuda.serves(q):
         cuda.rope_apply(q, k, q_out, k_out, positions, inv_freq, attention_scaling)
         return q_out, k_out
@@ -431,7 +531,7 @@ def _(
     return_lse: bool,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _like(q, out_dtype), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
+    return gradients.like(q, out_dtype), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
 
 
 @torch.library.custom_op("llama1m_ext::merge_partials", mutates_args=(), device_types=_DEVICES)
@@ -441,7 +541,7 @@ def _merge_partials_op(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
 
 @_merge_partials_op.register_fake
 def _(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    return _like(outs[0]), outs[0].new_empty(outs[0].shape[:3], dtype=torch.float32)
+    return gradients.like(outs[0]), outs[0].new_empty(outs[0].shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("llama1m_ext::rope_apply", mutates_args=(), device_types=_DEVICES)
@@ -456,7 +556,7 @@ def _rope_apply_op(
 def _(
     q: Tensor, k: Tensor | None, positions: Tensor, inv_freq: Tensor, attention_scaling: float
 ) -> tuple[Tensor, Tensor]:
-    return _like(q), q.new_empty(0) if k is None else _like(k)
+    return gradients.like(q), q.new_empty(0) if k is None else gradients.like(k)
 
 
 @torch.library.custom_op("llama1m_ext::kv_append", mutates_args=("page_k", "page_v"), device_types=_DEVICES)
@@ -497,3 +597,6 @@ def _kv_read_op(side: Sequence[Tensor], of: str, start: int, end: int, head_dim:
 @_kv_read_op.register_fake
 def _(side: Sequence[Tensor], of: str, start: int, end: int, head_dim: int, dtype: torch.dtype) -> Tensor:
     return side[0].new_empty((*side[0].shape[:2], end - start, head_dim), dtype=dtype)
+
+
+gradients.register()

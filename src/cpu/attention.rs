@@ -288,7 +288,7 @@ unsafe fn dense_rows(
 /// Most keys of any kernel's block.
 const MAX_KEYS: usize = 64;
 
-/// Rows of q to `[panel][units][R]`, times the part of the scale that belongs there (see [`Problem::scaling`]).
+/// Rows of q to `[panel][units][R]`, times the part of the scale that belongs there (see [`crate::args::Scores::scaling`]).
 unsafe fn pack_q(p: &Problem, plans: &Plans, t: &Task, dst: *mut u32) {
     let (r_of, pair) = (plans.kernel.rows, plans.kernel.pair);
     let rows = (t.q1 - t.q0) * p.group;

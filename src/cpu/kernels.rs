@@ -42,7 +42,7 @@ pub struct Panel {
     pub units: usize,
     /// head_dim padded to the kernel's multiple
     pub dp: usize,
-    /// what makes q k^T scores in base 2: see `Problem::scaling`
+    /// what makes q k^T scores in base 2: see `Scores::scaling`
     pub scale: f32,
     /// row r sees keys `j < hi[r]` of the block (blocks begin at the first visible key); null when all rows see all keys
     pub hi: *const i32,
@@ -61,6 +61,7 @@ macro_rules! unroll {
         })*
     };
 }
+pub(super) use unroll;
 
 #[inline(always)]
 unsafe fn max_of<V: Vector, const C: usize>(row: &[V; C]) -> V {

@@ -1,10 +1,13 @@
 //! The CPU engine: blockwise attention, decode, RoPE and merges over borrowed memory.
 //!
-//! `attention` (prefill, packed panels), `decode` (few rows, row-major), `kv`, `rope`, `merge` are the verbs; `kernels`,
-//! `rowwise`, `codes` and `compact` hold the arithmetic once, `arch/` compiles it per instruction set, `isa` chooses at run time.
+//! `attention` (prefill, packed panels), `backward` (its gradients), `decode` (few rows, row-major), `kv`, `rope`, `merge`
+//! are the verbs; `kernels`, `backward_block`, `rowwise`, `codes` and `compact` hold the arithmetic once, `arch/` compiles
+//! it per instruction set, `isa` chooses at run time.
 
 pub mod arch;
 pub mod attention;
+pub mod backward;
+pub mod backward_block;
 pub mod codes;
 pub mod compact;
 pub mod decode;

@@ -41,9 +41,12 @@ fn pool(helpers: usize) -> Result<Arc<rayon::ThreadPool>> {
 pub fn run(cx: &Context, n: usize, min_share: usize, task: impl Fn(usize) + Sync) -> Result<()> {
     let threads = cx.threads.min(n.div_ceil(min_share.max(1))).max(1);
     let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+    // In this order a task that was taken is run: later ones may wait for it (see `backward`).
     let take = || {
-        let i = next.fetch_add(1, Ordering::Relaxed);
-        (i < n && !stop.load(Ordering::Relaxed)).then_some(i)
+        if stop.load(Ordering::Relaxed) {
+            return None;
+        }
+        Some(next.fetch_add(1, Ordering::Relaxed)).filter(|i| *i < n)
     };
     let help = || {
         while let Some(i) = take() {

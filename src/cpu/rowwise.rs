@@ -106,7 +106,7 @@ pub struct Block {
     pub s: *mut f32,
     /// chunks of a row (the row is a whole number of them)
     pub chunks: usize,
-    /// what makes q k^T scores in base 2: see `Problem::scaling`
+    /// what makes q k^T scores in base 2: see `Scores::scaling`
     pub scale: f32,
     /// row r sees keys `j < hi[r]` of the block
     pub hi: *const i32,

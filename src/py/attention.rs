@@ -8,6 +8,7 @@ use super::{detached, tensor};
 use crate::args::{AttnArgs, KvRef};
 use crate::attention as operation;
 use crate::error::Error;
+use crate::gradients::BackwardArgs;
 use crate::quant::Axis;
 
 /// One entry for each batch row: from an int64 vector, or one int for all rows.
@@ -75,6 +76,61 @@ pub fn attention(
         kv_end: ends.as_deref(),
     };
     detached(py, threads, move |cx| run(args, cx))
+}
+
+/// Gradients of exact attention on CPU tensors or numpy arrays, written to `dq`, `dk` and `dv`, from the `out` and `lse` that
+/// `attention` wrote.
+///
+/// k and v are tensors, or lists of pages; dk and dv are one tensor each, over all tokens of the pages. See
+/// `llama1m_ext.ops.attention_backward`.
+#[pyfunction]
+#[pyo3(signature = (grad_out, q, k, v, out, lse, dq, dk, dv, *, causal=true, softmax_scale=None, q_start=None, kv_start=None, kv_end=None, kv_len=None, grad_lse=None, threads=1))]
+#[allow(clippy::too_many_arguments)] // Python's keywords
+pub fn attention_backward(
+    py: Python<'_>,
+    grad_out: &Bound<'_, PyAny>,
+    q: &Bound<'_, PyAny>,
+    k: &Bound<'_, PyAny>,
+    v: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    lse: &Bound<'_, PyAny>,
+    dq: &Bound<'_, PyAny>,
+    dk: &Bound<'_, PyAny>,
+    dv: &Bound<'_, PyAny>,
+    causal: bool,
+    softmax_scale: Option<f64>,
+    q_start: Option<i64>,
+    kv_start: Option<&Bound<'_, PyAny>>,
+    kv_end: Option<&Bound<'_, PyAny>>,
+    kv_len: Option<usize>,
+    grad_lse: Option<&Bound<'_, PyAny>>,
+    threads: usize,
+) -> PyResult<()> {
+    let (k_pages, v_pages) = (tensor::items(k)?, tensor::items(v)?);
+    let ks = tensor::sides(&HOST, "k", &k_pages, Axis::Channel)?;
+    let vs = tensor::sides(&HOST, "v", &v_pages, Axis::Token)?;
+    let held: usize = vs.iter().map(|p| p.shape()[2]).sum();
+    let q = HOST.rows("q", q)?;
+    let batch = q.shape()[0];
+    let starts = per_row("kv_start", kv_start, batch)?;
+    let ends = per_row("kv_end", kv_end, batch)?;
+    let args = BackwardArgs {
+        grad_out: HOST.rows("grad_out", grad_out)?,
+        q,
+        kv: KvRef::paged(ks, vs, kv_len.unwrap_or(held)).map_err(raise)?,
+        out: HOST.rows("out", out)?,
+        lse: HOST.sums("lse", lse)?,
+        grad_lse: grad_lse.map(|o| HOST.sums("grad_lse", o)).transpose()?,
+        dq: HOST.rows_mut("dq", dq)?,
+        dk: HOST.rows_mut("dk", dk)?,
+        dv: HOST.rows_mut("dv", dv)?,
+        causal,
+        softmax_scale,
+        q_start,
+        kv_start: starts.as_deref(),
+        kv_end: ends.as_deref(),
+    };
+    detached(py, threads, move |cx| operation::attention_backward(args, cx))
 }
 
 /// Joins partials `(outs[i], lses[i])` over disjoint keys into `out` and `lse`.

@@ -43,6 +43,7 @@ fn detached<T: Send>(py: Python<'_>, threads: usize, work: impl Send + FnOnce(&C
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add_function(wrap_pyfunction!(attention::attention, m)?)?;
+    m.add_function(wrap_pyfunction!(attention::attention_backward, m)?)?;
     m.add_function(wrap_pyfunction!(attention::merge_partials, m)?)?;
     m.add_function(wrap_pyfunction!(kv::kv_append, m)?)?;
     m.add_function(wrap_pyfunction!(kv::kv_read, m)?)?;

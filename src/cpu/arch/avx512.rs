@@ -6,11 +6,15 @@
 
 use std::arch::x86_64::*;
 
-use super::{CodesKernel, Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, per_rows, table};
+use super::{
+    BackwardKernel, CodesKernel, Kernels, PackV, Packs, PanelKernel, RowsKernel, instantiate, instantiate_common,
+    per_rows, table,
+};
+use crate::cpu::backward_block::{Gradient, SIDE};
 use crate::cpu::codes::{Code, Codewise, Fp8, Int4, Int8};
 use crate::cpu::rowwise::{FloatRows, Rows};
 use crate::cpu::vector::{Bf16, Dot, F16, Float, Load, MAX_LANES, Raw, Vector};
-use crate::cpu::{codes, compact, kernels, merge, rope, rowwise};
+use crate::cpu::{backward_block, codes, compact, kernels, merge, rope, rowwise};
 use crate::dtype::DType;
 
 /// 16 float32.
@@ -266,26 +270,73 @@ impl PackV for Pairs {
     type Vec = V;
     #[inline(always)]
     unsafe fn pack_v<L: Load<V>>(rows: *const *const u8, keys: usize, bytes: usize, dp: usize, dst: *mut u32) {
-        let half = |row: *const u8, at: usize| {
-            if row.is_null() || at >= bytes {
-                return _mm512_setzero_si512();
-            }
-            let lanes = ((bytes - at) / 2).min(16);
-            let x = if lanes == 16 {
-                _mm256_loadu_si256(row.add(at).cast())
-            } else {
-                _mm256_maskz_loadu_epi16((1u16 << lanes) - 1, row.add(at).cast())
-            };
-            _mm512_cvtepu16_epi32(x)
-        };
         for j in (0..keys).step_by(2) {
             let (a, b) = (*rows.add(j), *rows.add(j + 1));
             for d in (0..dp).step_by(16) {
-                let x = _mm512_or_si512(half(a, d * 2), _mm512_slli_epi32::<16>(half(b, d * 2)));
+                let x = _mm512_or_si512(half_row(a, d * 2, bytes), _mm512_slli_epi32::<16>(half_row(b, d * 2, bytes)));
                 _mm512_storeu_si512(dst.add(j / 2 * dp + d).cast(), x);
             }
         }
     }
+}
+
+unsafe impl Gradient for Pairs {
+    #[inline(always)]
+    unsafe fn put_rows<const C: usize>(x: &[V; C], y: &[V; C], p: *mut u32) {
+        for c in 0..C {
+            // VCVTNE2PS2BF16 leaves x in the low half and y in the high one: VPERMW makes them neighbours.
+            let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(y[c].0, x[c].0));
+            _mm512_storeu_si512(p.add(c * 16).cast(), _mm512_permutexvar_epi16(zip(), both));
+        }
+    }
+    #[inline(always)]
+    unsafe fn put_keys<const C: usize>(x: &[V; C], p: *mut u32) {
+        for c in (0..C).step_by(2) {
+            let bits: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(x[c + 1].0, x[c].0));
+            _mm512_storeu_si512(p.add(c / 2 * 16).cast(), bits);
+        }
+    }
+    #[inline(always)]
+    unsafe fn pack_rows<L: Load<V>>(rows: *const *const u8, bytes: usize, dp: usize, tile: usize, dst: *mut u32) {
+        for j in (0..SIDE).step_by(2) {
+            let (a, b) = (*rows.add(j), *rows.add(j + 1));
+            for d in (0..dp).step_by(16) {
+                let x = _mm512_or_si512(half_row(a, d * 2, bytes), _mm512_slli_epi32::<16>(half_row(b, d * 2, bytes)));
+                _mm512_storeu_si512(dst.add(d / tile * (SIDE / 2) * tile + j / 2 * tile + d % tile).cast(), x);
+            }
+        }
+    }
+}
+
+/// Word 2 i from the low half, word 2 i + 1 from the high one.
+#[inline(always)]
+unsafe fn zip() -> __m512i {
+    const ORDER: [u16; 32] = {
+        let mut order = [0; 32];
+        let mut i = 0;
+        while i < 16 {
+            order[2 * i] = i as u16;
+            order[2 * i + 1] = 16 + i as u16;
+            i += 1;
+        }
+        order
+    };
+    _mm512_loadu_si512(ORDER.as_ptr().cast())
+}
+
+/// 16 bf16 of a row (null = zeros) of `bytes` bytes from byte `at` on, each in the low half of a unit; zeros beyond the row.
+#[inline(always)]
+unsafe fn half_row(row: *const u8, at: usize, bytes: usize) -> __m512i {
+    if row.is_null() || at >= bytes {
+        return _mm512_setzero_si512();
+    }
+    let lanes = ((bytes - at) / 2).min(16);
+    let x = if lanes == 16 {
+        _mm256_loadu_si256(row.add(at).cast())
+    } else {
+        _mm256_maskz_loadu_epi16((1u16 << lanes) - 1, row.add(at).cast())
+    };
+    _mm512_cvtepu16_epi32(x)
 }
 
 unsafe impl Rows for Pairs {
@@ -542,6 +593,7 @@ mod base {
         panel f32: Float<V>, load Raw, 12 x 2, tiles 1, pv 6 x 4;
         panel bf16: Float<V>, load Bf16, 12 x 2, tiles 1, pv 6 x 4;
         panel f16: Float<V>, load F16, 12 x 2, tiles 1, pv 6 x 4;
+        backward gradients: Float<V>, 12 x 2, packs f32 Raw, bf16 Bf16, f16 F16;
         codes float_codes: Float<V>;
         rows f32_rows: FloatRows<V, Raw>, pv 8, 8, 4, 2;
         rows bf16_rows: FloatRows<V, Bf16>, pv 8, 8, 4, 2;
@@ -555,6 +607,7 @@ mod dot {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c")];
         vector V;
         panel pairs: Pairs, load Raw, 6 x 4, tiles 1, pv 6 x 4;
+        backward gradients: Pairs, 12 x 2, packs bf16 Raw;
         codes pairs_codes: Pairs;
         rows pairs_rows: Pairs, pv 8, 8, 4, 2;
     }
@@ -596,6 +649,10 @@ pub const AVX512: Kernels = table!(peak | _ | peak_f32);
 pub const AVX512_BF16: Kernels = Kernels {
     panel: |dtype| if dtype == DType::BF16 { dot::pairs::KERNEL } else { (AVX512.panel)(dtype) },
     rows: |dtype| if dtype == DType::BF16 { dot::pairs_rows::KERNEL } else { (AVX512.rows)(dtype) },
+    backward: |own, grad| match (own, grad) {
+        (DType::BF16, DType::BF16) => dot::gradients::kernel(dot::gradients::bf16::PACKS, dot::gradients::bf16::PACKS),
+        _ => (AVX512.backward)(own, grad),
+    },
     peak: |dtype| if dtype == DType::BF16 { peak_bf16 } else { peak_f32 },
     ..AVX512
 };

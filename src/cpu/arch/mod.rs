@@ -3,6 +3,7 @@
 //! [`instantiate!`] compiles the generic kernels under a `target_feature`; a new instruction set is a new file with a
 //! `Vector` and one call of it, and one line in `isa.rs`.
 
+use super::backward_block;
 use super::codes::{Dequantize, Quantize};
 use super::kernels::Panel;
 use super::rowwise::Block;
@@ -52,6 +53,34 @@ pub struct PanelKernel {
     pub finish: unsafe fn(*const f32, f32, usize, DType, *mut u8),
 }
 
+/// The backward kernel of one instruction set and operand type.
+#[derive(Clone, Copy)]
+pub struct BackwardKernel {
+    /// Rows of a panel.
+    pub rows: usize,
+    /// Keys (or elements of head_dim, which is padded to whole tiles) of a tile.
+    pub tile: usize,
+    /// Elements in an operand unit.
+    pub pair: usize,
+    /// One block of rows against one block of keys.
+    pub block: unsafe fn(&backward_block::Block),
+    /// For q, k and v.
+    pub own: Packs,
+    /// For the gradient of the output.
+    pub grad: Packs,
+}
+
+/// How rows of a dtype become operands of the backward kernel.
+#[derive(Clone, Copy)]
+pub struct Packs {
+    /// `(rows, row_bytes, units, dst)`: a panel of rows, see `backward_block::pack_panel`.
+    pub panel: unsafe fn(*const *const u8, usize, usize, *mut u32),
+    /// `(rows, row_bytes, units, dst)`: a tile of keys, see `kernels::pack_k`.
+    pub keys: unsafe fn(*const *const u8, usize, usize, *mut u32),
+    /// `(rows, row_bytes, dp, dst)`: a block, see `backward_block::Gradient::pack_rows`.
+    pub rows: unsafe fn(*const *const u8, usize, usize, *mut u32),
+}
+
 /// The decode kernel of one instruction set and dtype.
 #[derive(Clone, Copy)]
 pub struct RowsKernel {
@@ -91,6 +120,10 @@ pub struct Kernels {
     pub panel: fn(DType) -> PanelKernel,
     /// Decode kernel for inputs of a dtype.
     pub rows: fn(DType) -> RowsKernel,
+    /// Backward kernel for inputs of a dtype and the gradient of the output in another.
+    pub backward: fn(DType, DType) -> BackwardKernel,
+    /// See `backward_block::dot`.
+    pub dot: unsafe fn(*const u8, DType, *const u8, DType, usize) -> f32,
     /// See `rope::rotate_rows`.
     pub rotate: unsafe fn(&super::rope::Rotation),
     /// `acc += w * x` over rows: see `merge::accumulate`.
@@ -135,12 +168,13 @@ use per_rows;
 
 /// Entry points of the kernels under a set of target features.
 ///
-/// `panel NAME: Dot, R, C, T, PR, PC`, `codes NAME: Dot` and `rows NAME: Rows, PC for each of 1, 2, 4, 8 rows; NAME of codes`.
+/// `panel NAME: Dot, R, C, T, PR, PC`, `backward NAME: Dot, M, C, how each dtype is loaded`, `codes NAME: Dot` and `rows NAME: Rows, PC for each of 1, 2, 4, 8 rows; NAME of codes`.
 macro_rules! instantiate {
     (
         #[$feat:meta];
         vector $v:ty;
         $(panel $pname:ident: $dot:ty, load $load:ty, $r:literal x $c:literal, tiles $t:literal, pv $pr:literal x $pc:literal;)*
+        $(backward $bname:ident: $bdot:ty, $bm:literal x $bc:literal, packs $($lname:ident $lload:ty),*;)*
         codes $cname:ident: $cdot:ty;
         $(rows $rname:ident: $rows:ty, pv $pc1:literal, $pc2:literal, $pc4:literal, $pc8:literal;)*
     ) => {
@@ -198,6 +232,40 @@ macro_rules! instantiate {
                     pack_v,
                     finish: super::finish,
                 };
+            }
+        )*
+        $(
+            pub(super) mod $bname {
+                use super::*;
+                const TILE: usize = $bc * <$v as Vector>::LANES;
+                // Blocks are whole panels and whole tiles; pairs of rows stay within a panel.
+                const _: () = assert!($bm >= 4 && $bm % 2 == 0 && SIDE % $bm == 0 && SIDE % TILE == 0 && TILE % 2 == 0);
+                #[$feat]
+                unsafe fn block(a: &backward_block::Block) {
+                    // SAFETY: forwarded, here and below.
+                    unsafe { backward_block::block::<$bdot, $bm, $bc>(a) }
+                }
+                $(
+                    pub(in super::super) mod $lname {
+                        use super::*;
+                        #[$feat]
+                        unsafe fn panel(rows: *const *const u8, bytes: usize, units: usize, dst: *mut u32) {
+                            unsafe { backward_block::pack_panel::<$v, $lload, $bm>(rows, bytes, units, dst) }
+                        }
+                        #[$feat]
+                        unsafe fn keys(rows: *const *const u8, bytes: usize, units: usize, dst: *mut u32) {
+                            unsafe { kernels::pack_k::<$v, $lload>(rows, TILE, bytes, units, dst) }
+                        }
+                        #[$feat]
+                        unsafe fn rows(rows: *const *const u8, bytes: usize, dp: usize, dst: *mut u32) {
+                            unsafe { <$bdot as Gradient>::pack_rows::<$lload>(rows, bytes, dp, TILE, dst) }
+                        }
+                        pub const PACKS: Packs = Packs { panel, keys, rows };
+                    }
+                )*
+                pub(in super::super) const fn kernel(own: Packs, grad: Packs) -> BackwardKernel {
+                    BackwardKernel { rows: $bm, tile: TILE, pair: <$bdot as Dot>::PAIR, block, own, grad }
+                }
             }
         )*
         $(
@@ -277,6 +345,10 @@ macro_rules! instantiate_common {
         pub(super) unsafe fn quantize(a: &codes::Quantize) {
             unsafe { codes::quantize::<$v>(a) }
         }
+        #[$feat]
+        pub(super) unsafe fn dot(a: *const u8, a_dtype: DType, b: *const u8, b_dtype: DType, n: usize) -> f32 {
+            unsafe { backward_block::dot::<$v>(a, a_dtype, b, b_dtype, n) }
+        }
     };
 }
 use instantiate_common;
@@ -295,6 +367,15 @@ macro_rules! table {
                 DType::BF16 => base::bf16_rows::KERNEL,
                 DType::F16 => base::f16_rows::KERNEL,
             },
+            backward: |own, grad| {
+                let packs = |dtype| match dtype {
+                    DType::F32 => base::gradients::f32::PACKS,
+                    DType::BF16 => base::gradients::bf16::PACKS,
+                    DType::F16 => base::gradients::f16::PACKS,
+                };
+                base::gradients::kernel(packs(own), packs(grad))
+            },
+            dot: base::dot,
             rotate: base::rotate,
             accumulate: base::accumulate,
             finish: base::finish,

@@ -6,10 +6,14 @@
 
 use std::arch::aarch64::*;
 
-use super::{CodesKernel, Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, per_rows, table};
+use super::{
+    BackwardKernel, CodesKernel, Kernels, PackV, Packs, PanelKernel, RowsKernel, instantiate, instantiate_common,
+    per_rows, table,
+};
+use crate::cpu::backward_block::{Gradient, SIDE};
 use crate::cpu::rowwise::{FloatRows, Rows};
 use crate::cpu::vector::{Bf16, Dot, F16, Float, MAX_LANES, Raw, Vector};
-use crate::cpu::{codes, kernels, merge, rope, rowwise};
+use crate::cpu::{backward_block, codes, kernels, merge, rope, rowwise};
 use crate::dtype::DType;
 
 /// 4 float32.
@@ -194,6 +198,7 @@ mod base {
         panel f32: Float<V>, load Raw, 6 x 4, tiles 2, pv 6 x 4;
         panel bf16: Float<V>, load Bf16, 6 x 4, tiles 2, pv 6 x 4;
         panel f16: Float<V>, load F16, 6 x 4, tiles 2, pv 6 x 4;
+        backward gradients: Float<V>, 6 x 4, packs f32 Raw, bf16 Bf16, f16 F16;
         codes float_codes: Float<V>;
         rows f32_rows: FloatRows<V, Raw>, pv 8, 8, 4, 2;
         rows bf16_rows: FloatRows<V, Bf16>, pv 8, 8, 4, 2;

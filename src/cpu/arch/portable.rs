@@ -4,10 +4,14 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 #![allow(clippy::needless_range_loop)] // rows and columns of a register tile are indices
 
-use super::{CodesKernel, Kernels, PackV, PanelKernel, RowsKernel, instantiate, instantiate_common, per_rows, table};
+use super::{
+    BackwardKernel, CodesKernel, Kernels, PackV, Packs, PanelKernel, RowsKernel, instantiate, instantiate_common,
+    per_rows, table,
+};
+use crate::cpu::backward_block::{Gradient, SIDE};
 use crate::cpu::rowwise::{FloatRows, Rows};
 use crate::cpu::vector::{Bf16, Dot, F16, Float, MAX_LANES, Raw, Vector};
-use crate::cpu::{codes, kernels, merge, rope, rowwise};
+use crate::cpu::{backward_block, codes, kernels, merge, rope, rowwise};
 use crate::dtype::DType;
 
 /// 8 float32 in an array; the compiler vectorises what it can.
@@ -132,6 +136,7 @@ mod base {
         panel f32: Float<V>, load Raw, 4 x 2, tiles 2, pv 4 x 2;
         panel bf16: Float<V>, load Bf16, 4 x 2, tiles 2, pv 4 x 2;
         panel f16: Float<V>, load F16, 4 x 2, tiles 2, pv 4 x 2;
+        backward gradients: Float<V>, 4 x 2, packs f32 Raw, bf16 Bf16, f16 F16;
         codes float_codes: Float<V>;
         rows f32_rows: FloatRows<V, Raw>, pv 4, 2, 1, 1;
         rows bf16_rows: FloatRows<V, Bf16>, pv 4, 2, 1, 1;
