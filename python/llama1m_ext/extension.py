@@ -132,6 +132,7 @@ def inner_models(model: Any) -> list[Any]:
 
     Raises:
         TypeError: there is none, or its rotary module is somebody else's.
+        ValueError: accelerate has put its frequencies elsewhere.
     """
     root: Any = model if hasattr(model, "modules") else getattr(model, "model", None)
     found = [m for m in root.modules() if _family(m) is not None] if hasattr(root, "modules") else []
@@ -141,12 +142,17 @@ def inner_models(model: Any) -> list[Any]:
             f"holds one; got {type(model).__name__}"
         )
     for inner in found:
-        rotary = getattr(inner, "rotary_emb", None)
+        rotary: Any = getattr(inner, "rotary_emb", None)
         family = _family(inner)
         assert family is not None
         wanted = f"{family.prefix}RotaryEmbedding"
         if (type(rotary).__module__, type(rotary).__name__) != (family.modeling, wanted):
             raise TypeError(f"model: expected transformers' {wanted} in it, got {type(rotary).__name__}")
+        if rotary.inv_freq.device.type == "meta" and hasattr(rotary, "_hf_hook"):
+            raise ValueError(
+                "model: expected rotary frequencies in memory, but accelerate keeps them elsewhere (offload_buffers=True): "
+                "extend it before it is dispatched"
+            )
     return found
 
 

@@ -438,6 +438,32 @@ def test_cast_models_and_hooks_of_accelerate():
     assert hook.calls
 
 
+def test_frequencies_that_accelerate_has_put_elsewhere():
+    from accelerate import cpu_offload
+
+    model = short_model()
+    cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    if model.model.rotary_emb.inv_freq.device.type == "meta":
+        with pytest.raises(ValueError, match="expected rotary frequencies in memory"):
+            extend(model, LONG)
+    else:
+        extend(model, LONG)
+        assert torch.equal(logits(model), logits(from_config_extended()))
+    model = short_model()
+    cpu_offload(model, torch.device("cpu"))
+    extend(model, LONG)
+    assert torch.equal(logits(model), logits(from_config_extended()))
+
+
+def test_a_compiled_model_rotates_anew():
+    model = short_model()
+    compiled = torch.compile(model, backend="eager")
+    with stock():
+        logits(compiled)
+        extend(compiled, LONG)
+        torch.testing.assert_close(logits(compiled), logits(from_config_extended()), rtol=1e-4, atol=1e-4)
+
+
 def test_extended_puts_everything_back():
     model = short_model()
     extend(model, 65_536)

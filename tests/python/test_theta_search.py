@@ -141,7 +141,7 @@ def search(model, tokenizer, lengths=(512,), text=BOOK, **more):
 
 def test_from_end_to_end(model, tokenizer, tmp_path, one_thread):
     before, config = model(testing.random_ids(1, 100)).logits, copy.deepcopy(vars(model.config))
-    found = search(model, tokenizer, (512, 400), windows=2, out=tmp_path / "out")
+    found = search(model, tokenizer, (512, 400), windows=2, out=tmp_path / "out", progress="auto")
     assert vars(model.config) == config
     assert torch.equal(model(testing.random_ids(1, 100)).logits, before)
     assert [one.length for one in found.lengths] == [400, 512]
@@ -281,7 +281,7 @@ def test_a_folder_of_something_else(model, tokenizer, tmp_path, one_thread):
         ({"lengths": [1e4]}, TypeError, "lengths: expected a whole number, got 10000.0"),
         ({"windows": 0}, ValueError, "windows: expected at least 1, got 0"),
         ({"needles": -1}, ValueError, "needles: expected at least 0, got -1"),
-        ({"text": "short"}, ValueError, "text: expected at least 511 tokens (1 of 512), got one of 5"),
+        ({"text": "short"}, ValueError, "text: expected a text of at least 511 tokens, got one of 5"),
         ({"text": b"bytes"}, TypeError, "text: expected a text, got bytes"),
         ({"kind": "pin"}, ValueError, "kind: expected one of passkey, kv, sentence, got 'pin'"),
         ({"lengths": [64, 512]}, ValueError, "lengths: expected more than"),
@@ -333,13 +333,14 @@ def test_the_command(command, tmp_path, one_thread):
     assert again.exit_code == 1 and "--resume" in again.output
     assert command(*words, *quick, "--resume").exit_code == 0
     for wrong, said in (
-        (("--span", "2"), "two numbers"),
-        (("--lengths", "4k"), "comma-separated"),
-        (("--span", "2,3"), "around 1"),
-        (("--text", tmp_path / "none.txt"), "expected a text file"),
+        (("--span", "2"), "span: expected two numbers such as \"0.5,2\", got '2'"),
+        (("--span", "2,."), "span: expected two numbers"),
+        (("--span", "2,3"), "span: expected multiples of the critical base around 1"),
+        (("--lengths", "4k?"), "lengths: expected numbers such as"),
+        (("--text", tmp_path / "none.txt"), "text: expected a file"),
     ):
         failed = command(*words, *wrong)
-        assert failed.exit_code == 2 and said in failed.output.replace("\n", " "), failed.output
+        assert failed.exit_code == 1 and f"error: {said}" in failed.output.replace("\n", " "), failed.output
 
 
 def test_the_command_is_stopped(command, tmp_path, monkeypatch):

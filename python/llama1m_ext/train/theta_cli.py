@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,8 +16,8 @@ def register(app: typer.Typer) -> None:
 
 
 def theta_search(
-    model: Annotated[str, typer.Argument(help="A folder of transformers', or a name on the hub.")],
-    lengths: Annotated[str, typer.Option(help="Tokens, comma-separated: 65536,262144.")],
+    model: Annotated[str, typer.Argument(help='A folder, a name on the hub, or "demo": the model that ships with it.')],
+    lengths: Annotated[str, typer.Option(help="Tokens: 4096,65536,256K,1M.")],
     text: Annotated[Path, typer.Option(help="A text that the model was not trained on (UTF-8; .xz too).")],
     needles: Annotated[int, typer.Option(min=0, help="Hidden for each theta. 0: the text alone decides.")] = 8,
     kind: Annotated[str, typer.Option(help="Of the needles: passkey, kv, sentence.")] = "passkey",
@@ -33,32 +33,31 @@ def theta_search(
         int | None, typer.Option(help="Tokens it was trained for. Default: as in config.")
     ] = None,
     original_theta: Annotated[float | None, typer.Option(help="Theta of that training. Default: as in config.")] = None,
-    dtype: Annotated[str, typer.Option(help="bf16, f32, f16, or auto: that of the file.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda:0, or auto.")] = "auto",
+    repeat: Annotated[bool, typer.Option("--repeat", help="A text that is too short begins again.")] = False,
     seed: Annotated[int, typer.Option(help="Of the needles.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="bf16, f16 or f32. Default: the checkpoint's.")] = None,
+    kv: Annotated[str | None, typer.Option(help="Format of the KV cache: model, int8, fp8, int4, int8/int4.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch has it.")] = None,
 ) -> None:
     """Find the theta that suits a model at a length: perplexity of held-out text, and needles. Nothing is trained."""
-    from .theta_trials import Search
+    try:
+        from ..eval.load import load, numbers, read_text
+        from .theta_trials import Search
 
-    ends = _numbers("--span", span, float)
-    if len(ends) != 2:
-        raise typer.BadParameter(f"expected two numbers, got {span!r}", param_hint="--span")
-    sizes = _numbers("--lengths", lengths, int)
-    try:
-        search = Search((ends[0], ends[1]), points, widen, refine, needle_weight=needle_weight)
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
-    if not text.is_file():
-        raise typer.BadParameter(f"expected a text file, got {str(text)!r}", param_hint="--text")
-    try:
-        loaded, tokenizer = _load(model, dtype, device)
-        from ..demo.book import load_text
+        sizes = numbers("lengths", lengths)
+        search = Search(_pair(span), points, widen, refine, needle_weight=needle_weight)
+        content = read_text(text)
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
         from .theta_search import theta_search as searching
 
+        loaded, tokenizer = load(model, dtype, kv)
         found = searching(
             loaded,
             tokenizer,
-            load_text(text),
+            content or "",
             sizes,
             needles=needles,
             kind=kind,
@@ -67,6 +66,7 @@ def theta_search(
             search=search,
             original_max_len=original_max_len,
             original_theta=original_theta,
+            repeat=repeat,
             out=out,
             resume=resume,
             progress=True,
@@ -83,37 +83,9 @@ def theta_search(
     typer.echo(f"wrote {out / 'theta-search.json'} and {out / 'theta-search.png'}", err=True)
 
 
-def _numbers(option: str, words: str, kind: Any) -> list[Any]:
+def _pair(span: str) -> tuple[float, float]:
     try:
-        return [kind(word) for word in words.split(",") if word.strip()]
+        low, high = (float(word) for word in span.split(","))
     except ValueError:
-        raise typer.BadParameter(f"expected numbers, comma-separated, got {words!r}", param_hint=option) from None
-
-
-def _load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
-    """(model, tokenizer), of any family that we serve.
-
-    Raises:
-        OSError, ValueError: there is none, or it can't be loaded so.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from .. import enable
-    from ..families import FAMILIES, LLAMA
-
-    kinds = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16, "auto": "auto"}
-    if dtype not in kinds:
-        raise ValueError(f"dtype: expected one of {', '.join(kinds)}; got {dtype!r}")
-    family = AutoConfig.from_pretrained(name).model_type
-    if family in FAMILIES and family != LLAMA.name:
-        enable(families=family)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if device == "auto":
-        more = {"device_map": "auto"} if torch.cuda.is_available() else {}
-        return AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype], **more).eval(), tokenizer
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype]).eval()
-    try:
-        return model.to(torch.device(device)), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: expected one that is here, got {device!r} ({error})") from None
+        raise ValueError(f'span: expected two numbers such as "0.5,2", got {span!r}') from None
+    return low, high

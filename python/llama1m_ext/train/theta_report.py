@@ -137,12 +137,12 @@ def _draw(one: Searched, axis: Any) -> None:
         axis.axvline(theta, color=_LAW, linewidth=0.8, linestyle="--")
         axis.annotate(
             name,
-            (theta, 1),
+            (theta, 0),
             xycoords=("data", "axes fraction"),
-            xytext=(2, -3),
+            xytext=(2, 4),
             textcoords="offset points",
             rotation=90,
-            va="top",
+            va="bottom",
             fontsize=7,
             color=_LAW,
         )

@@ -19,16 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from .. import _compat
 from ..eval import needle as hidden
 from ..eval import plot, ppl
 from ..eval.cells import CELLS, Cells, model_settings, text_digest, write_json
-from ..eval.frame import frame_for
 from ..eval.haystack import Haystack
+from ..eval.load import pieces_of
 from ..eval.reader import Show
+from ..eval.reader import bar as bar_of
 from ..extension import extended, inner_models, original
 from ..theta import LAWS, real, theta_for, whole
 from .theta_report import Searched, ThetaSearch
@@ -52,6 +50,7 @@ def theta_search(
     search: Search = DEFAULT,
     original_max_len: int | None = None,
     original_theta: float | None = None,
+    repeat: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
     progress: Show = "auto",
@@ -69,6 +68,7 @@ def theta_search(
         seed: of the needles.
         search: how thetas are chosen.
         original_max_len, original_theta: what the laws start from, where the config says something else.
+        repeat: a text that is too short begins again where it ends.
         out: a folder. Each evaluation is kept there as soon as it is made, and in the end `theta-search.json` and
             `theta-search.png`.
         resume: go on with what is in that folder.
@@ -88,7 +88,17 @@ def theta_search(
     if not isinstance(text, str):
         raise TypeError(f"text: expected a text, got {type(text).__name__}")
     base = _Base.of(model, original_max_len, original_theta)
-    judge = _Judge(model, tokenizer, Haystack(text, tokenizer), needles, kind, windows, seed, base, progress)
+    judge = _Judge(
+        model,
+        tokenizer,
+        Haystack(text, tokenizer, repeat=repeat, name="text"),
+        needles,
+        kind,
+        windows,
+        seed,
+        base,
+        progress,
+    )
     judge.check(sizes)
     settings: dict[str, Any] = {}
     if out is not None:
@@ -99,11 +109,16 @@ def theta_search(
             "command": "theta-search",
             "model": model_settings(model, tokenizer),
             "text": text_digest(judge.stack.text),
+            "repeat": repeat,
             "windows": windows,
             "needles": {"number": needles, "kind": kind, "seed": seed} if needles else None,
         }
     found: list[Searched] = []
-    with Cells(out, settings, ("length", "theta")) as cells, _bar(progress, sizes, judge, search) as bar:
+    evaluations = search.evaluations * len(sizes)
+    with (
+        Cells(out, settings, ("length", "theta")) as cells,
+        bar_of("theta", " thetas", progress, evaluations * judge.tokens(sizes) // len(sizes), evaluations) as bar,
+    ):
         for n in sizes:
             found.append(_searched(n, base, search, judge, cells, bar))
     result = ThetaSearch(found, search.needle_weight, needles, kind if needles else None, windows)
@@ -156,7 +171,6 @@ class _Judge:
     ) -> None:
         self.model, self.tokenizer, self.stack, self.base = model, tokenizer, stack, base
         self.needles, self.kind, self.windows, self.seed = needles, kind, windows, seed
-        self._bos = frame_for(tokenizer, False).bos
         self._inside: Show = False if progress is False else "auto"
 
     def check(self, sizes: Sequence[int]) -> None:
@@ -167,14 +181,7 @@ class _Judge:
         """
         with self._with(sizes[-1], self.base.now):
             self.base.laws(sizes[-1])
-        need = self.windows * (sizes[-1] - len(self._bos))
-        try:
-            self.stack.tokens(need)
-        except ValueError:
-            has = len(self.tokenizer(self.stack.text, add_special_tokens=False, verbose=False)["input_ids"])
-            raise ValueError(
-                f"text: expected at least {need} tokens ({self.windows} of {sizes[-1]}), got one of {has}"
-            ) from None
+        pieces_of(self.stack, sizes[-1], self.windows)
 
     def tokens(self, sizes: Sequence[int]) -> int:
         """That are read for one theta of each length."""
@@ -193,19 +200,13 @@ class _Judge:
                     kind=self.kind,
                     hay=self.stack.text,
                     seed=self.seed,
+                    repeat=self.stack.repeat,
                     progress=False,
                 )
                 accuracy = report.accuracy(length)
-            nll = ppl.perplexity(
-                self.model, self._rows(length), buckets=[length // 2, length], progress=self._inside
-            ).buckets[0]
-        return nll.nll, accuracy
-
-    def _rows(self, length: int) -> torch.Tensor:
-        """The text in pieces, int64 `[windows, length]`, each with what begins a text."""
-        bos = np.asarray(self._bos, dtype=np.int64)
-        rows = self.stack.tokens(self.windows * (length - len(bos))).reshape(self.windows, -1)
-        return torch.from_numpy(np.concatenate([np.tile(bos, (self.windows, 1)), rows], axis=1))
+            rows = pieces_of(self.stack, length, self.windows)
+            half = ppl.perplexity(self.model, rows, buckets=[length // 2, length], progress=self._inside).buckets[0]
+        return half.nll, accuracy
 
     def _with(self, length: int, theta: float) -> Any:
         base = self.base
@@ -235,11 +236,3 @@ def _searched(length: int, base: _Base, search: Search, judge: _Judge, cells: Ce
     bar.total += len(trials) - search.evaluations
     bar.refresh()
     return Searched(length, base.now, laws, trials)
-
-
-def _bar(progress: Show, sizes: Sequence[int], judge: _Judge, search: Search) -> Any:
-    from tqdm.auto import tqdm
-
-    total = search.evaluations * len(sizes)
-    show = judge.tokens(sizes) * search.evaluations >= ppl.AUTO_TOKENS if progress == "auto" else progress
-    return tqdm(total=total, desc="theta", unit=" thetas", dynamic_ncols=True, disable=not show)
