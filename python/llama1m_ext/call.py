@@ -61,6 +61,8 @@ class Call:
         windows: how many keys a query sees, of each layer; None: all before it.
         batch, q_len, past_len: shape of the call; `past_len` tokens are in the cache already.
         cache: what the layers get as `past_key_values` (`cache`), or None.
+        gradients: whether they are wanted. Then keys and values are those of the call alone, and an empty cache of
+            transformers' own gets them, as it does in stock.
         cache_layers: what each layer's keys and values go to, or None.
         pages: those of them that keep all of it in pages, or None.
         intervals: visible keys of each batch row.
@@ -78,6 +80,7 @@ class Call:
         "batch",
         "cache",
         "cache_layers",
+        "gradients",
         "intervals",
         "kind",
         "layers",
@@ -106,7 +109,7 @@ class Call:
         self.windows: list[int | None] = []
         self.snapshots: list[dict[str, Any]] = []
         self.scratch = Scratch()
-        self.logits = False
+        self.logits = self.gradients = False
         self.intervals: Intervals = ALL
         self.ordinary: bool | None = None
         self._bounds: dict[torch.device, Intervals] = {}
@@ -272,16 +275,24 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
     call = Call(model, kind, batch, q_len)
     if _compat.EXPLICIT in config.__dict__ and not call.options.replace_sdpa:
         return "attn_implementation='sdpa' was asked for by name"
-    reason = _arguments(model, given) or _gradients(model, embeds) or _layers(call)
+    call.gradients = _gradients(model, embeds)
+    reason = _arguments(model, given, call.gradients) or _layers(call)
     if reason:
         return reason
 
     # The order of transformers: make a cache, look at its length, then at positions and the mask.
     cache = _compat.given_cache(given)
     use_cache = given.get("use_cache")
-    if cache is None and (config.use_cache if use_cache is None else use_cache):
+    checkpointing = model.training and getattr(model, "gradient_checkpointing", False)
+    if cache is None and not checkpointing and (config.use_cache if use_cache is None else use_cache):
         cache = DynamicCache(config=config)
-    if cache is not None:
+    if cache is not None and call.gradients:
+        if type(cache) is not DynamicCache or checkpointing or cache.get_seq_length():
+            return "gradients over a cache"
+        if any(type(layer) is PagedLayer for layer in cache.layers):
+            return "gradients over a cache"
+        call.cache = cache
+    elif cache is not None:
         layers = cache_layers(cache, call.windows, call.options.page_size)
         if isinstance(layers, str):
             return layers
@@ -291,7 +302,7 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
     return _positions_and_mask(call, given, source.device) or call
 
 
-def _arguments(model: Any, given: Mapping[str, Any]) -> str | None:
+def _arguments(model: Any, given: Mapping[str, Any], gradients: bool) -> str | None:
     config = model.config
     for name, value in given.items():
         if name not in _KNOWN and value is not None:
@@ -304,19 +315,17 @@ def _arguments(model: Any, given: Mapping[str, Any]) -> str | None:
         return "output_hidden_states picks layers"
     if not getattr(config, "is_causal", True):
         return "the config says is_causal=False"
-    if model.training and getattr(model, "gradient_checkpointing", False):
+    if model.training and getattr(model, "gradient_checkpointing", False) and not gradients:
         return "training"
     if torch.jit.is_tracing():
         return "tracing"
     return ops.transform()
 
 
-def _gradients(model: Any, embeds: Tensor | None) -> str | None:
+def _gradients(model: Any, embeds: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
-        return None
-    if (embeds is not None and embeds.requires_grad) or any(p.requires_grad for p in model.parameters()):
-        return "gradients"
-    return None
+        return False
+    return (embeds is not None and embeds.requires_grad) or any(p.requires_grad for p in model.parameters())
 
 
 def _layers(call: Call) -> str | None:

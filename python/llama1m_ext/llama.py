@@ -81,11 +81,13 @@ def attend(
     v = linear("c", attn.v_proj, x).view(shape).transpose(1, 2)
     if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and (layer is None or layer.fits(k, v))):
         return DIFFERENT
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return GRADIENTS
+    if layer is not None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return GRADIENTS  # pages are written in place
     rope = call.rope_of(attn)
     if layer is None:
         rotated, k = rope.apply(q, k, at=at)
+        if call.gradients and call.cache is not None:
+            call.cache.update(k, v, attn.layer_idx)
     else:
         rotated = store(layer, q, k, v, rope, at, None if space is None else q)
     assert rotated is not None

@@ -77,17 +77,18 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
     want_all = given.get("output_hidden_states")
     want_all = config.output_hidden_states if want_all is None else want_all
     states: tuple[Tensor, ...] | None = None
-    shelf = None if call.options.remember is None or call.past_len else _shelf_of(call, ids)
+    shelf = None if call.options.remember is None or call.past_len or call.gradients else _shelf_of(call, ids)
     whole, taken, places = ids, 0, given.get("cache_position")
     if shelf is not None and keep > 0 and not want_all:
         assert ids is not None
         taken = shelf.take(call, ids, keep)
         ids, places = ids[:, taken:], None if places is None else places[taken:]
-    if not want_all and is_long(call, embeds):
+    if not want_all and not call.gradients and is_long(call, embeds):
         hidden = layer_major(call, ids, embeds, keep)
         count(model, layer_major=1)
     else:
-        plan_call.check(call, keep, call.q_len)
+        if not call.gradients:
+            plan_call.check(call, keep, call.q_len)
         hidden = model.embed_tokens(ids) if embeds is None else embeds
         call.begin(hidden)
         for page in call.pages or ():

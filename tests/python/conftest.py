@@ -7,7 +7,8 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,14 @@ def stock() -> Iterator[None]:
         yield
     finally:
         llama1m_ext.enable()
+
+
+def assert_near(ours: Iterable[Any], theirs: Iterable[Any], share: float = 2e-4) -> None:
+    """Gradients, or weights after some steps: each within a share of the largest of its tensor."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        worst, most = (a.double() - b.double()).abs().max().item(), b.double().abs().max().item()
+        assert worst <= share * most + 1e-12, (worst, most, tuple(b.shape))
 
 
 @pytest.fixture

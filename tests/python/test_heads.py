@@ -8,7 +8,7 @@ import transformers
 from transformers import pipeline
 
 import llama1m_ext
-from conftest import stock
+from conftest import assert_near, stock
 from llama1m_ext import testing
 
 HEADS = ["SequenceClassification", "TokenClassification", "QuestionAnswering"]
@@ -98,7 +98,7 @@ def test_labels_and_hidden_states(head):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_training_takes_a_right_path(head):
-    """With gradients the stock path is taken, and says so."""
+    """Gradients are our attention's, within rounding of stock's."""
     model = made(head).train()
     ids, _ = padded(20, "none")
     found = []
@@ -111,8 +111,8 @@ def test_training_takes_a_right_path(head):
         else:
             sum(x.float().square().sum() for x in outputs(model(ids))).backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert set(llama1m_ext.stats(model).stock) == {"gradients"}
+    assert_near(*found)
+    assert llama1m_ext.stats(model).served and not llama1m_ext.stats(model).stock
 
 
 def test_bfloat16_is_no_worse():

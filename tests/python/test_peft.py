@@ -15,8 +15,8 @@ from peft import (
 )
 
 import llama1m_ext
-from conftest import stock
-from llama1m_ext import LongCache, testing
+from conftest import assert_near, stock
+from llama1m_ext import LongCache, _compat, testing
 
 KINDS = {
     "lora": LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]),
@@ -60,11 +60,12 @@ def step(model) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_stock_s(kind):
+    """Within rounding; to the bit where the path is stock's: a prefix is a cache that has gradients."""
     ours = step(adapted(kind))
     with stock():
         theirs = step(adapted(kind))
     assert any(g.abs().max() > 0 for g in ours)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert_near(ours, theirs, 0 if kind in ("prefix", *NOT_OURS) else 2e-4)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -84,7 +85,9 @@ def test_generate(kind, padded):
     if kind in NOT_OURS:
         assert not found.served
     elif padded and kind in VIRTUAL:  # the virtual tokens stand before the padding
-        assert set(found.stock) == {"attention_mask has holes"}
+        # peft 0.21 does not know 5.24's name of the cache, and leaves the virtual tokens out of the mask of later steps.
+        odd = {"attention_mask has another shape than the keys"} if _compat.cache_name() == "cache" else set()
+        assert {"attention_mask has holes"} <= set(found.stock) <= {"attention_mask has holes"} | odd
     else:
         assert found.served
         assert not found.stock
@@ -155,7 +158,8 @@ def test_trained_then_saved_then_loaded(tmp_path):
         step(model)
         optimizer.step()
         optimizer.zero_grad()
-    assert set(llama1m_ext.stats(model, reset=True).stock) == {"gradients"}
+    found = llama1m_ext.stats(model, reset=True)
+    assert found.served == 4 and not found.stock
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(testing.tiny_model(), tmp_path).eval()
     ids = testing.random_ids(1, 30)

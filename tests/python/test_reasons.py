@@ -173,7 +173,8 @@ CASES = {
     "output_hidden_states picks layers": lambda m: {"output_hidden_states": [1]},
     "the config says is_causal=False": changed(is_causal=False),
     "training": checkpointing,
-    "gradients": lambda m: {"past_key_values": None},
+    "gradients": cache_with_gradients,
+    "gradients over a cache": lambda m: {"past_key_values": full(m)},
     "the layers are a MyList": another_list,
     "there are no layers": changed(num_hidden_layers=0),
     "a layer is a MyLayer": another_layer,
@@ -202,7 +203,7 @@ CASES = {
 if not V5:
     CASES["cache_position is not the cache's length"] = lambda m: {"cache_position": torch.arange(5, 35)}
 SILENT = ("attn_implementation", "gradients", "training", "an empty", "input_ids")
-WITH_GRADIENTS = ("gradients", "training")
+WITH_GRADIENTS = ("gradients", "gradients over a cache")
 
 
 def answer(model, given):
@@ -376,7 +377,6 @@ def written_reasons() -> set[str]:
     for function in (
         calls.open_call,
         calls._arguments,
-        calls._gradients,
         calls._layers,
         calls._positions,
         calls.Call.begin,

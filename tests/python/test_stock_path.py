@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import llama1m_ext
-from conftest import stock
+from conftest import assert_near, stock
 from llama1m_ext import _compat, memory, testing
 
 
@@ -114,22 +114,42 @@ def quietly(model, *args, **kwargs):
         return model(*args, **kwargs)
 
 
-def test_training_has_stock_s_gradients(model):
-    ids, _ = ids_and_mask()
-    quietly(model, ids, labels=ids).loss.backward()
-    ours = [p.grad.clone() for p in model.parameters()]
-    assert reasons(model) == ["gradients"]
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("use_cache", [False, True, "an empty one"])
+def test_training_has_stock_s_gradients(model, use_cache, padded):
+    ids, mask = ids_and_mask()
+    given = {"input_ids": ids, "labels": ids, "use_cache": bool(use_cache)}
+    if padded:
+        given |= {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    def step():
+        if use_cache == "an empty one":
+            given["past_key_values"] = DynamicCache(config=model.config)
+        made = quietly(model, **given) if use_cache != "an empty one" else model(**given)
+        made.loss.backward()
+        return made
+
+    ours = step()
+    grads = [p.grad.clone() for p in model.parameters()]
+    found = llama1m_ext.stats(model, reset=True)
+    assert found.served == 2 and not found.stock
     model.zero_grad()
     with stock():
-        model(ids, labels=ids).loss.backward()
-    assert all(torch.equal(a, p.grad) for a, p in zip(ours, model.parameters(), strict=True))
+        theirs = step()
+    assert_near(grads, [p.grad for p in model.parameters()])
+    name = _compat.cache_name()
+    assert (ours.get(name) is None) == (theirs.get(name) is None) == (not use_cache)
+    if use_cache:  # the same kind of cache, with gradients
+        for a, b in zip(ours[name].layers, theirs[name].layers, strict=True):
+            assert type(a) is type(b) and a.keys.requires_grad and a.values.requires_grad
+            torch.testing.assert_close(a.keys, b.keys, rtol=1e-3, atol=1e-3)
 
 
 def test_gradients_of_embeddings_alone(model):
     embeds = model.model.embed_tokens(testing.random_ids(1, 20)).detach().requires_grad_()
     model.requires_grad_(False)
     quietly(model, inputs_embeds=embeds).logits.sum().backward()
-    assert reasons(model) == ["gradients"]
+    assert llama1m_ext.stats(model).served == 2
     assert embeds.grad.abs().sum() > 0
 
 

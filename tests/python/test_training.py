@@ -1,5 +1,5 @@
-"""Training-time use. This version has no gradients of its own: whatever needs them takes transformers' path, to the same
-bits as without us, and what follows without gradients is ours again, with the weights as they are then."""
+"""Training-time use: gradients are our attention's, within rounding of stock's, and what follows without gradients goes by
+the weights as they are then."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import llama1m_ext
-from conftest import stock
+from conftest import assert_near, stock
 from llama1m_ext import testing
 
 
@@ -39,8 +39,8 @@ def both(run):
         return ours, run()
 
 
-def same_weights(a, b) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+def near_weights(a, b, share=2e-4) -> None:
+    assert_near(a.state_dict().values(), b.state_dict().values(), share)
 
 
 def rows() -> list[dict[str, list[int]]]:
@@ -77,10 +77,12 @@ def test_trainer(tmp_path, side, arguments):
     if arguments and side == "left":
         arguments = {**arguments, "gradient_accumulation_steps": 2}
     (model, losses), (other, others) = both(lambda: trained(tmp_path, padding(side), **arguments))
-    assert losses == others
+    share = 3e-2 if arguments.get("bf16") else 2e-3  # six steps of AdamW, which takes the sign of what is nearly nothing
+    assert losses == pytest.approx(others, rel=share)
     assert losses[-1] < losses[0]
-    assert same_weights(model, other)
-    assert stock_reasons(model) <= {"gradients", "training"}
+    near_weights(model, other, 0.3 if arguments.get("bf16") else 2e-2)
+    assert llama1m_ext.stats(model).served >= 2 * 6
+    assert not stock_reasons(model)
     model.eval()
     with torch.no_grad():
         model(testing.random_ids(1, 20))
@@ -92,8 +94,8 @@ def test_trainer_over_packed_rows(tmp_path):
     them falls as well: what is compared is stock's, and each row alone."""
     collator = DataCollatorWithFlattening(return_tensors="pt")
     (model, losses), (other, others) = both(lambda: trained(tmp_path, collator))
-    assert losses == others
-    assert same_weights(model, other)
+    assert losses == others  # packed rows are stock's
+    near_weights(model, other, 0)
     batch = {key: value for key, value in collator(rows()[:3]).items() if isinstance(value, torch.Tensor)}
     model.eval()
     with torch.no_grad():
@@ -120,9 +122,9 @@ def test_gradient_checkpointing_and_dropout(reentrant, dropout):
         return model
 
     ours, theirs = both(run)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert p.grad is not None
-        assert torch.equal(p.grad, q.grad)
+    assert_near([p.grad for p in ours.parameters()], [q.grad for q in theirs.parameters()], 0 if dropout else 2e-4)
+    found = llama1m_ext.stats(ours)
+    assert (set(found.stock) == {"training with dropout"}) if dropout else (found.served and not found.stock)
 
 
 def test_accelerator():
@@ -142,7 +144,8 @@ def test_accelerator():
         return accelerator.unwrap_model(wrapped)
 
     ours, theirs = both(run)
-    assert same_weights(ours, theirs)
+    near_weights(ours, theirs)
+    assert llama1m_ext.stats(ours).served == 6
 
 
 def test_loss_without_gradients_is_ours():
@@ -195,7 +198,7 @@ def test_training_and_generating_in_turn(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         model.eval()
-        assert stock_reasons(model) == {"gradients"}
+        assert not stock_reasons(model)
 
 
 def test_a_frozen_base_with_a_trained_head():
@@ -223,7 +226,7 @@ def test_gradients_of_embeddings_through_a_frozen_model():
         return embeds.grad
 
     ours, theirs = both(run)
-    assert torch.equal(ours, theirs)
+    assert_near([ours], [theirs])
 
 
 def test_backward_hooks_and_retained_gradients():
@@ -237,7 +240,7 @@ def test_backward_hooks_and_retained_gradients():
 
     ours, theirs = both(run)
     assert len(ours) == 2
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert_near(ours, theirs)
 
 
 def test_autocast_with_gradients():
@@ -249,8 +252,7 @@ def test_autocast_with_gradients():
         return model
 
     ours, theirs = both(run)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
+    assert_near([p.grad for p in ours.parameters()], [q.grad for q in theirs.parameters()], 5e-2)
 
 
 DDP = """
@@ -270,7 +272,7 @@ wrapped(ids, labels=ids).loss.backward()
 total = torch.cat([p.grad.flatten() for p in model.parameters()])
 with torch.no_grad():
     logits = wrapped(ids).logits
-print("SUM", total.double().sum().item().hex(), total.double().square().sum().item().hex())
+print("SUM", total.double().sum().item(), total.double().square().sum().item())
 print("SERVED", llama1m_ext.stats(model).served if sys.argv[2] == "ours" else 0)
 dist.destroy_process_group()
 """
@@ -298,6 +300,9 @@ def test_distributed_data_parallel(tmp_path):
         return [[line for line in words.splitlines() if line.startswith(("SUM", "SERVED"))] for words in said]
 
     ours, theirs = run("ours"), run("stock")
-    assert ours[0][0] == ours[1][0] == theirs[0][0] == theirs[1][0], "gradients are averaged, and stock's"
-    assert ours[0][1] == ours[1][1] == "SERVED 2"
+    assert ours[0][0] == ours[1][0], "gradients are averaged"
+    assert theirs[0][0] == theirs[1][0]
+    mine, stock_s = ([float(x) for x in said[0][0].split()[1:]] for said in (ours, theirs))
+    assert mine == pytest.approx(stock_s, rel=1e-3)
+    assert ours[0][1] == ours[1][1] == "SERVED 4", "two layers with gradients, two without"
     assert theirs[0][1] == "SERVED 0"
