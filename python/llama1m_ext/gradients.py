@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _core, cuda
+from . import _core, cuda, memory
 
 _DEVICES = ("cpu", "cuda")
 
@@ -145,10 +145,69 @@ def _of_attention(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) ->
         _, lse = torch.ops.llama1m_ext.attention(q, k, v, *ctx.options, *places, True, None)
         grad_lse = None
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if torch.is_grad_enabled():  # `create_graph=True`: who asks will differentiate these again
+        return *_differentiable(grad_out, grad_lse, q, k, v, *ctx.options, *places), *(None,) * 8
     dq, dk, dv = torch.ops.llama1m_ext.attention_backward(
         grad_out, q, k, v, out, lse, *ctx.options, *places, grad_lse, None
     )
     return dq, by_page(dk, k), by_page(dv, v), *(None,) * 8
+
+
+def _differentiable(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    causal: bool,
+    softmax_scale: float | None,
+    q_start: int | None,
+    kv_start: Tensor | None,
+    kv_end: Tensor | None,
+    kv_len: int | None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """What backward gives, as a graph of torch's own operations that has gradients in its turn (gradient penalties, Hessian
+    products): attention by its formula, in float32, with all its weights in memory.
+
+    Raises:
+        ValueError: memory does not hold them.
+    """
+    held = sum(page.shape[2] for page in k)
+    n, (batch, q_heads, q_len, head_dim) = held if kv_len is None else kv_len, q.shape
+    need = 6 * 4 * batch * q_heads * q_len * n
+    room = memory.available_bytes() if q.device.type == "cpu" else memory.free_bytes(q.device)
+    if room is not None and need > room:
+        raise ValueError(
+            f"gradients of gradients of attention to {n} keys from {q_len} queries would need about {need / 2**30:.1f} GiB, and "
+            f"{room / 2**30:.1f} GiB are available; first-order gradients (create_graph=False) need no such matrix"
+        )
+    with torch.enable_grad():
+        # Views of their own: one tensor may be q, k and v at once, or be made of another.
+        q, k, v = q.view_as(q), [page.view_as(page) for page in k], [page.view_as(page) for page in v]
+        keys, values = (
+            torch.cat(list(pages), 2)[:, :, :n].repeat_interleave(q_heads // k[0].shape[1], 1) for pages in (k, v)
+        )
+        j = torch.arange(n, device=q.device)
+        seen = torch.ones(batch, 1, q_len, n, dtype=torch.bool, device=q.device)
+        if causal:
+            start = n - q_len if q_start is None else q_start
+            seen = seen & (j <= (torch.arange(q_len, device=q.device) + start)[:, None])
+        for bound, is_start in ((kv_start, True), (kv_end, False)):
+            if bound is not None:
+                rows = bound.to(q.device).view(-1, 1, 1, 1)
+                seen = seen & (j >= rows if is_start else j < rows)
+        scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+        scores = (q.float() @ keys.float().transpose(2, 3) * scale).masked_fill(~seen, -torch.inf)
+        lse = scores.logsumexp(-1)
+        weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+        out = weights @ values.float()
+        results, grads = [out], [grad_out.float()]
+        if grad_lse is not None:
+            results, grads = [out, lse.masked_fill(~seen.any(-1), 0.0)], [grad_out.float(), grad_lse]
+        wanted = [t for t in (q, *k, *v) if t.requires_grad]
+        given = iter(torch.autograd.grad(results, wanted, grads, create_graph=True, allow_unused=True))
+    dq, *rest = (next(given) if t.requires_grad else None for t in (q, *k, *v))
+    return dq, rest[: len(k)], rest[len(k) :]  # type: ignore[return-value]
 
 
 def _keep_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -36,7 +36,7 @@ def model():
 def full(model, n=30):
     """A cache that has n tokens, and 30 more are asked for."""
     cache = DynamicCache(config=model.config)
-    with stock():
+    with stock(), torch.no_grad():
         model(testing.random_ids(2, n, 5), past_key_values=cache)
     return cache
 

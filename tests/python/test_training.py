@@ -77,7 +77,9 @@ def test_trainer(tmp_path, side, arguments):
     if arguments and side == "left":
         arguments = {**arguments, "gradient_accumulation_steps": 2}
     (model, losses), (other, others) = both(lambda: trained(tmp_path, padding(side), **arguments))
-    share = 3e-2 if arguments.get("bf16") else 2e-3  # six steps of AdamW, which takes the sign of what is nearly nothing
+    share = (
+        3e-2 if arguments.get("bf16") else 2e-3
+    )  # six steps of AdamW, which takes the sign of what is nearly nothing
     assert losses == pytest.approx(others, rel=share)
     assert losses[-1] < losses[0]
     near_weights(model, other, 0.3 if arguments.get("bf16") else 2e-2)
