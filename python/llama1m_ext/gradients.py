@@ -66,6 +66,8 @@ def attention_backward(
         "kv_len": kv_len,
         "grad_lse": grad_lse,
     }
+    grad_out = grad_out.resolve_neg()
+    where["grad_lse"] = None if grad_lse is None else grad_lse.resolve_neg()
     if grad_out.dim() == 4 and grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()  # of a sum: one number, expanded
     if cuda.serves(q):

@@ -188,6 +188,8 @@ def kv_append(
     for name, t in (("k", k), ("v", v)):
         _tensors(name, [t])
         _without_gradient(name, [t])
+    for name, side in (("page.k", page.k), ("page.v", page.v)):
+        _tensors(name, _flat(side))
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"v: expected the batch, heads and length of k, {tuple(k.shape)}, got {tuple(v.shape)}")
     if (positions is None) != (inv_freq is None):
@@ -213,6 +215,7 @@ def kv_read(page: Page, start: int, end: int, head_dim: int, dtype: torch.dtype)
         if _traced(first):
             found.append(torch.ops.llama1m_ext.kv_read(_flat(side), of, start, end, head_dim, dtype))
         else:
+            _tensors(f"page.{of}", _flat(side))
             found.append(_kv_read(side, of, start, end, head_dim, dtype))
     return found[0], found[1]
 
@@ -287,6 +290,9 @@ def rope_apply(
         _tensors("q", [q])
         if k is not None:
             _tensors("k", [k])
+        for name, given in (("q_out", q_out), ("k_out", k_out)):
+            if given is not None:
+                _tensors(name, [given])
     if traced or graded:
         q_new, k_new = torch.ops.llama1m_ext.rope_apply(q, k, positions, inv_freq, attention_scaling)
         if q_out is not None:
@@ -324,6 +330,11 @@ def _tensors(name: str, tensors: Sequence[object]) -> None:
     for t in tensors:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if t.is_neg():  # its memory has the numbers with the other sign
+            raise TypeError(
+                f"{name}: expected a tensor whose memory is what it stands for, got one with torch's negative bit; "
+                "call resolve_neg()"
+            )
 
 
 def _without_gradient(name: str, tensors: Sequence[object]) -> None:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama1m_ext import _core, ops
+from llama1m_ext.formats import Page
 
 Q, K = (1, 4, 5, 64), (1, 2, 9, 64)
 
@@ -285,3 +286,28 @@ def test_ctrl_c_stops_a_long_call():
     assert r.returncode == 0 and "interrupted" in r.stdout, (r.stdout, r.stderr)
     assert float(r.stdout.split()[1]) < 60
     assert signal.SIGINT  # the signal is the same on every platform we serve
+
+
+def test_the_negative_bit_is_refused():
+    """A view that stands for its memory with the other sign (of a conjugate's imaginary part): read as it is, it would be wrong."""
+    q, k, v = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 64, 16), torch.randn(1, 2, 64, 16)
+    out, lse = ops.attention(q, k, v, return_lse=True)
+    page = Page(torch.zeros_like(k), torch.zeros_like(v))
+    places, inv_freq = torch.arange(8)[None], torch.rand(8, dtype=torch.float64)
+    minus = torch._neg_view
+    for name, call in {
+        "q": lambda: ops.attention(minus(q), k, v),
+        "k": lambda: ops.attention(q, [minus(k)], [v]),
+        "v": lambda: ops.attention(q, k, minus(v)),
+        "grad_out": lambda: ops.attention_backward(minus(out), q, k, v, out, lse),
+        "lse": lambda: ops.attention_backward(out, q, k, v, out, minus(lse)),
+        "outs": lambda: ops.merge_partials([out, minus(out)], [lse, lse]),
+        "lses": lambda: ops.merge_partials([out, out], [lse, minus(lse)]),
+        "q_out": lambda: ops.rope_apply(q, None, places, inv_freq, q_out=minus(q)),
+        "page.k": lambda: ops.kv_append(k, v, Page(minus(page.k), page.v), 0),
+    }.items():
+        with pytest.raises(TypeError, match=rf"^{name}: .*negative bit; call resolve_neg"):
+            call()
+    with pytest.raises(TypeError, match="negative bit"):
+        ops.kv_read(Page(minus(page.k), page.v), 0, 4, 16, torch.float32)
+    torch.testing.assert_close(ops.attention(minus(q).resolve_neg(), k, v), ops.attention(-q, k, v))
