@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from conftest import assert_near
-from llama1m_ext import formats, gradients, ops
+from llama1m_ext import formats, memory, ops
 
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2.5e-2, torch.float16: 3e-3}
 
@@ -364,7 +364,7 @@ def test_gradients_of_gradients(causal):
 def test_gradients_of_gradients_that_memory_does_not_hold(monkeypatch):
     q, k, v = tensors(70, 70)
     out = ops.attention(q, k, v).square().sum()
-    monkeypatch.setattr(gradients.memory, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     with pytest.raises(
         ValueError, match=r"gradients of gradients of attention to 70 keys from 70 queries would need about"
     ):
