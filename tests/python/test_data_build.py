@@ -123,6 +123,7 @@ def test_segments_are_the_documents_tokens(tmp_path_factory, some, length, packi
     if total < length:
         with pytest.raises(data.Shortfall, match=f"expected tokens for one row of {length}, got {total}"):
             build([rows], out, BYTES, **options)
+        assert not list(out.parent.iterdir())  # nothing was made, nothing is left
         return
     made = build([rows], out, BYTES, **options)
     assert made.rows == len(data.open(out)) == total // length

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class Journal:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.release()
+            os.close(self._lock)
+            self._lock = None
             raise BlockingIOError(f"{self.folder}: another process is building there") from None
         try:
             state = self._state()
@@ -111,8 +113,10 @@ class Journal:
         write_json(self.folder / STATE, {**always, **state})
 
     def release(self) -> None:
-        """Others may go on."""
+        """Others may go on. A folder without a state has nothing to lose."""
         if self._lock is not None:
+            if self.folder.is_dir() and not (self.folder / STATE).exists():
+                shutil.rmtree(self.folder)
             os.close(self._lock)
             self._lock = None
 
