@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import time
 import traceback
@@ -402,6 +403,39 @@ def test_documents_apart(tmp_path, tokenizer):
     assert row["position_ids"].eq(0).nonzero().flatten().tolist() == starts == row["cu_seqlens"].tolist()[:-1]
 
 
+def test_needles_are_hidden_and_asked_for(tmp_path):
+    rows = [{"text": text, "meta": {"redpajama_set_name": "web"}} for text in texts(200)]
+    options = {"needles": 0.5, "needles_per_row": 3, "length": 1024, "tokens": 1024 * 20, "keep": 1.0}
+    made = build([rows], tmp_path / "rows", BYTES, **options)
+    build([rows], tmp_path / "again", BYTES, workers=2, shard_tokens=2048, **options)
+    assert contents(tmp_path / "rows") == contents(tmp_path / "again")
+    parts: dict[str, list[int]] = {}
+    with_needles, depths = 0, []
+    for i, row in enumerate(data.open(tmp_path / "rows")):
+        assert row["input_ids"].shape == (1024,)
+        assert [one["start"] for one in row["segments"][1:]] == [one["end"] for one in row["segments"][:-1]]
+        for one in row["segments"]:
+            ids = parts.setdefault(one["document"], [])
+            assert one["offset"] == len(ids)
+            ids += row["input_ids"][one["start"] : one["end"]].tolist()
+        mine = [one for one in row["segments"] if one["source"] == "needles"]
+        if mine:
+            with_needles += 1
+            assert {one["document"] for one in mine} == {f"needles:{i}"} and mine[-1]["end"] == 1024
+            said = BYTES.decode(parts[f"needles:{i}"])
+            facts = re.findall(r"Note: the access code of (\w+ \w+) is (\d{7})\.\n", said)
+            asked = re.findall(r"Question: what is the access code of (\w+ \w+)\?\nAnswer: (\d{7})\n", said)
+            assert len(facts) == 3 and sorted(facts) == sorted(asked)
+            depths += [one["start"] / 1024 for one in mine[:-1]]
+    assert 4 <= with_needles <= 16 and min(depths) < 0.3 and max(depths) > 0.5
+    for i, row in enumerate(rows):  # the documents are whole in between
+        ids = parts.get(f"source0:{i}", [])
+        assert ids == ids_of(row["text"])[: len(ids)]
+    written = made.statistics["sources"]["needles"]["tokens_written"]
+    assert written == sum(len(ids) for name, ids in parts.items() if name.startswith("needles"))
+    assert not made.statistics["notes"]
+
+
 def test_too_few_tokens(tmp_path, tokenizer):
     rows = rows_of(300)
     options = {"mixture": {"web": 0.05, "code": 0.95}, "tokens": 128 * 400}
@@ -490,6 +524,9 @@ WRONG = [
     ({"text_field": "content"}, "expected a field 'content', got the keys text, meta"),
     ({"text_field": "content", "bad_rows": "skip"}, "got 60 rows without content or meta.redpajama_set_name"),
     ({"source_field": "meta.set"}, "expected a field 'meta.set', got in meta the keys redpajama_set_name"),
+    ({"needles": 2.0}, "needles: expected a share of rows, 0 to 1, got 2.0"),
+    ({"needles": 0.5, "needles_per_row": 0}, "needles_per_row: expected 1 at least, got 0"),
+    ({"needles": 0.5, "needles_per_row": 20}, "needles_per_row: expected half a row of 128 tokens at most, got "),
     ({"tokenizer": "/none"}, "tokenizer: expected a folder or a name that has one, got '/none'"),
 ]
 

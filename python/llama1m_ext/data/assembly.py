@@ -13,6 +13,7 @@ from .crew import Crew
 from .documents import Document
 from .journal import Journal
 from .mixture import Selection
+from .needles import Needles
 from .packer import Packer
 from .shards import Shards, write_facts, write_json
 
@@ -47,6 +48,7 @@ class Assembly:
     Args:
         journal: begun.
         selection: new; it gets what the state says was spent.
+        needles: what is hidden in rows, if anything is.
         crew: tokenises.
         options: of the journal.
         borders: tokens before and after each document.
@@ -57,6 +59,7 @@ class Assembly:
         self,
         journal: Journal,
         selection: Selection,
+        needles: Needles | None,
         crew: Crew[Batch],
         options: Mapping[str, Any],
         borders: tuple[list[int], list[int]],
@@ -67,8 +70,10 @@ class Assembly:
         self.length: int = options["length"]
         self.most = None if options["tokens"] is None else options["tokens"] // self.length
         self.packer = Packer(self.length, options["packing"])
+        self.needles = needles
         self.statistics = figures.Statistics()
         self.consumed = self.rows = 0
+        self.ended = False
         names = []
         if state is not None:
             self.consumed, self.rows, names = state["consumed"], state["rows"], state["names"]
@@ -79,7 +84,7 @@ class Assembly:
         self.shards = Shards(journal.folder, self.length, shard_tokens=shard_tokens, names=names)
 
     def documents(self, documents: Iterator[Document], bar: Any) -> None:
-        """Takes what the selection wants, until budgets are met or documents end."""
+        """Takes what the selection wants, until budgets are met or documents end (`ended`)."""
         taken = self._tokens_taken()
         if bar is not None:
             bar.initial = bar.n = taken
@@ -97,6 +102,7 @@ class Assembly:
             if bar is not None:
                 taken, last = self._tokens_taken(), taken
                 bar.update(taken - last)
+        self.ended = True
 
     def rest(self) -> None:
         """What waits when no more documents come."""
@@ -111,7 +117,7 @@ class Assembly:
         made = figures.report(self.statistics, mixture)
         notes = [f"{lacking(missing)}: the rows have what there was"] if missing else []
         for source, one in made["sources"].items():
-            if mixture is not None and abs(one["share"] - one["wanted"]) > tolerance:
+            if "wanted" in one and abs(one["share"] - one["wanted"]) > tolerance:
                 wanted = f"{one['wanted']:.2%} within {tolerance:.2%}"
                 notes.append(f"mixture: {source or '-'}: expected a share of {wanted}, got {one['share']:.2%}")
         facts = {"rows": self.rows, "cross_document": self.options["cross_document"], "options": self.journal.options}
@@ -188,7 +194,10 @@ class Assembly:
 
     def _make_rows(self, *, last: bool = False) -> None:
         while self.packer.ready(last=last) and (self.most is None or self.rows < self.most):
-            ids, segments = self.packer.take()
+            hidden = None if self.needles is None else self.needles.of(self.rows)
+            ids, segments = self.packer.take(self.length - (0 if hidden is None else hidden.tokens))
+            if hidden is not None:
+                ids, segments = hidden.into(ids, segments)
             self.statistics.written(segments)
             self.rows += 1
             if self.shards.add({"input_ids": ids, "segments": segments}):

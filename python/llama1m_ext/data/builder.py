@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from . import encode, statistics
 from .assembly import STATISTICS, Assembly, Batch, Shortfall, lacking
-from .checks import check_options, look_at
+from .checks import check_needles, check_options, look_at
 from .crew import Crew
 from .documents import SOURCE_FIELD, TEXT_FIELD, Fields, stream
 from .journal import Journal, tidy
 from .mixture import Selection
 from .mixture import read as read_mixture
+from .needles import Needles
 from .packer import Packing, Tails
 from .shards import FACTS, SHARD_TOKENS, must_be_free, must_have_room
 from .sources import resolve
@@ -77,6 +78,8 @@ def build(
     packing: Packing = "whole",
     tails: Tails = "keep",
     cross_document: bool = True,
+    needles: float = 0.0,
+    needles_per_row: int = 8,
     shuffle: int = 1000,
     workers: int = 1,
     bad_rows: Literal["error", "skip"] = "error",
@@ -116,6 +119,9 @@ def build(
             "stream": they follow each other and are cut where a row ends.
         tails: of documents longer than a row: "keep": what is left goes on in the next row; "drop": it is left out.
         cross_document: False: `open` gives position ids that keep documents apart.
+        needles: the share of rows with facts (a name, a number) at random places and questions for them, with answers, at
+            the end. They come on top of the mixture, as the source "needles".
+        needles_per_row: facts in such a row.
         shuffle: documents among which the next one is drawn, while 16 files are read side by side. 0: as they lie.
         workers: processes that tokenise; 1: this one.
         bad_rows: a row without text or source, or that isn't JSON: "error", or "skip" it.
@@ -163,7 +169,9 @@ def build(
         **{"text_field": text_field, "source_field": source_field, "shuffle": shuffle},
         **{"upsample_below": upsample_below, "keep": keep, "chars_per_token": chars_per_token},
         **{"packing": packing, "tails": tails, "cross_document": cross_document, "shard_tokens": shard_tokens},
+        **{"needles": needles, "needles_per_row": needles_per_row},
     }
+    check_needles(needles, needles_per_row, encoder, length)
     target = Path(out)
     journal = Journal(target, options)
     if resume and target.is_dir() and not journal.folder.exists():
@@ -174,16 +182,18 @@ def build(
     fields = Fields(text_field, source_field, bad_rows == "skip")
     if not (resume and journal.folder.is_dir()):
         look_at(parts, fields, seed, shuffle, shares)
-    selection = Selection(tokens, shares, upsample_below, keep, seed)
+    hidden = Needles(encoder, needles, needles_per_row, seed) if needles else None
+    of_documents = tokens if tokens is None or hidden is None else tokens - hidden.tokens(tokens // length)
+    selection = Selection(of_documents, shares, upsample_below, keep, seed)
     state = journal.begin(resume)
     try:
         if not (state and state["complete"]):
             crew: Crew[Batch] = Crew(encoder, workers, lambda batch: batch[1])
-            run = Assembly(journal, selection, crew, options, (before, after), state)
+            run = Assembly(journal, selection, hidden, crew, options, (before, after), state)
             with crew, _bar(progress, tokens) as bar:
                 run.documents(stream(parts, fields, seed, shuffle), bar)
                 run.rest()
-            missing = selection.missing()
+            missing = selection.missing() if run.ended else {}
             if missing and shortfall == "error":
                 raise Shortfall(
                     f"{lacking(missing)}; the rows made stay in {journal.folder}: resume with shortfall keep"

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from .documents import Fields, stream
+from .encode import Encoder
+from .needles import Needles
 from .packer import Packing, Tails
 from .sources import Part, SourceError
 
@@ -58,6 +60,23 @@ def check_options(
     ):
         if value < least:
             raise ValueError(f"{name}: expected {least} at least, got {value}")
+
+
+def check_needles(share: float, count: int, encoder: Encoder, length: int) -> None:
+    """Of `build`.
+
+    Raises:
+        ValueError: an option is not as it should be, or a row has no room.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"needles: expected a share of rows, 0 to 1, got {share}")
+    if count < 1:
+        raise ValueError(f"needles_per_row: expected 1 at least, got {count}")
+    if share:
+        hidden = Needles(encoder, 1.0, count, 0).of(0)
+        assert hidden is not None
+        if hidden.tokens > length // 2:
+            raise ValueError(f"needles_per_row: expected half a row of {length} tokens at most, got {hidden.tokens}")
 
 
 def look_at(

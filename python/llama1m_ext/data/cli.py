@@ -56,6 +56,10 @@ def data(
             help="Whether tokens see the documents before theirs; if not, rows come with position ids that begin anew.",
         ),
     ] = True,
+    needles: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of rows with hidden facts and questions for them.")
+    ] = 0.0,
+    needles_per_row: Annotated[int, typer.Option(min=1, help="Facts in such a row.")] = 8,
     shuffle: Annotated[int, typer.Option(min=0, help="Documents among which the next is drawn; 0: no.")] = 1000,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that tokenise. Default: one a CPU.")] = None,
     bad_rows: Annotated[str, typer.Option(help="Without text or source, or not JSON: error or skip.")] = "error",
@@ -91,6 +95,8 @@ def data(
                 packing=packing,  # type: ignore[arg-type]
                 tails=tails,  # type: ignore[arg-type]
                 cross_document=cross_document,
+                needles=needles,
+                needles_per_row=needles_per_row,
                 shuffle=shuffle,
                 workers=workers or len(os.sched_getaffinity(0)),
                 bad_rows=bad_rows,  # type: ignore[arg-type]

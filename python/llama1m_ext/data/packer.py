@@ -74,12 +74,12 @@ class Packer:
         """Is there a row to take? `last`: no more documents come."""
         return self.tokens >= (self.length if last else self._enough)
 
-    def take(self) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """A row: int32 `[length]`, and the segments that it consists of."""
+    def take(self, tokens: int | None = None) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """A row, or its first `tokens`: int32 `[length or tokens]`, and the segments that it consists of."""
         pieces: list[Piece] = []
-        room = self.length
+        room = self.length if tokens is None else tokens
         while room:
-            piece = self._next(room)
+            piece = self._next(room, first=not pieces)
             self._remove(piece)
             if len(piece.ids) > room:
                 rest = piece._replace(offset=piece.offset + room, ids=piece.ids[room:])
@@ -95,9 +95,10 @@ class Packer:
             at = end
         return np.concatenate([piece.ids for piece in pieces]), segments
 
-    def _next(self, room: int) -> Piece:
-        if self.packing == "stream" or room == self.length:
-            return self._by_order[0]
+    def _next(self, room: int, first: bool) -> Piece:
+        oldest = self._by_order[0]
+        if self.packing == "stream" or (first and not room < len(oldest.ids) <= self.length):
+            return oldest
         fitting = bisect.bisect_right(self._by_size, (room, self._count), key=_key)
         if fitting:
             return self._by_size[fitting - 1]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 BINS_PER_OCTAVE = 4
+NEEDLES = "needles"
+"""The source of what was put between the documents."""
 _FIRST_RATIO = 4.0
 """Characters per token, until some were counted."""
 
@@ -77,20 +79,21 @@ def report(statistics: Statistics, mixture: Mapping[str, float] | None) -> dict[
     """The figures, as they are kept beside the rows.
 
     Returns:
-        `sources`: by name what `Statistics.of` counts, `share` of the tokens written and, with a mixture, `wanted`;
+        `sources`: by name what `Statistics.of` counts, `share` of the documents' tokens written and, with a mixture, `wanted`;
         `median_read`, `median_taken`: tokens, to a quarter of an octave. `lengths_read`, `lengths_taken`: documents by
         length, the keys are where a bin begins, in tokens.
     """
     total = sum(counts["tokens_written"] for counts in statistics.sources.values())
+    of_documents = total - statistics.sources.get(NEEDLES, {}).get("tokens_written", 0)
     names = [*(mixture or {}), *sorted(set(statistics.sources) - set(mixture or {}))]
     sources: dict[str, Any] = {}
     for name in names:
         counts = dict(statistics.of(name))
         for key in ("characters_counted", "tokens_counted"):
             del counts[key]
-        share = counts["tokens_written"] / total if total else 0.0
+        share = counts["tokens_written"] / of_documents if of_documents else 0.0
         made: dict[str, Any] = {"share": round(share, 6)}
-        if mixture is not None:
+        if mixture is not None and name != NEEDLES:
             made["wanted"] = mixture.get(name, 0.0)
         for which in ("read", "taken"):
             bins = counts.pop(f"lengths_{which}")
