@@ -25,6 +25,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from llama1m_ext import data, testing
 from llama1m_ext.data import checks, crew, packer, shards
 from llama1m_ext.data.builder import Note
+from llama1m_ext.data.mixture import Selection
 from llama1m_ext.data.statistics import bin_of, start_of
 
 WORDS = "the of and a to in is it long context tokens rope theta page block merge split rank".split()
@@ -304,6 +305,52 @@ def test_shares_are_kept_and_counted(tmp_path, tokenizer):
     assert made.statistics["notes"] == []
     for word in ("web", "70.00%", "400 rows of 128 tokens"):
         assert word in str(made)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=300, max_size=300),
+    tokens=st.integers(1, 3000),
+    share=st.floats(0.05, 0.95),
+    seed=st.integers(0, 99),
+)
+def test_a_budget_is_missed_by_half_a_document_at_most(sizes, tokens, share, seed):
+    selection = Selection(tokens, {"a": share, "b": 1 - share}, 0, 1.0, 0)
+    rng, filled, took = random.Random(seed), 0, {"a": 0, "b": 0}
+    for size in sizes:
+        source = rng.choice("ab")
+        if not selection.wants(source):
+            continue
+        filling = selection.filling
+        if selection.take(source, size):
+            took[source] += size
+            filled += size if filling else 0
+        selection.restore(json.loads(json.dumps(selection.state())))
+    assert took == selection.spent
+    if selection.done:
+        assert tokens <= sum(took.values()) < tokens + 61
+        for source, budget in (("a", tokens * share), ("b", tokens * (1 - share))):
+            assert abs(took[source] - budget) <= 30 + filled
+        assert filled <= 60 + 60 and not selection.missing()
+    else:
+        assert set(selection.missing()) == selection.open and all(lack > 0 for lack in selection.missing().values())
+
+
+def test_a_source_asked_again_for_the_last_tokens_was_read_ahead_without(tmp_path, tokenizer, monkeypatch):
+    """a is through with 98 tokens lacking, because its last document would have been 302; later b is, and a gives more."""
+    from llama1m_ext.data import assembly, encode
+
+    monkeypatch.setattr(assembly, "_BATCH_DOCUMENTS", 1)
+    order = [("a", 200), ("a", 198), ("a", 300), ("b", 246), ("b", 248), *(("a", 58), ("b", 58)) * 8]
+    rows = [{"text": "it " * size, "meta": {"redpajama_set_name": name}} for name, size in order]
+    options = {"mixture": {"a": 0.5, "b": 0.5}, "tokens": 1000, "shuffle": 0, "length": 100, "tolerance": 0.1}
+    build([rows], tmp_path / "one", tokenizer, **options)
+    here: list[str] = []
+    call = encode.Encoder.__call__
+    monkeypatch.setattr(encode.Encoder, "__call__", lambda self, some: here.extend(some) or call(self, some))
+    made = build([rows], tmp_path / "three", tokenizer, workers=3, **options)
+    assert here and contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert made.rows == 10 and made.statistics["sources"]["a"]["tokens_taken"] > 402
 
 
 def test_short_documents_are_kept_with_the_probability_given(tmp_path, tokenizer):
