@@ -212,6 +212,16 @@ def test_killed_before_any_change_of_the_disk_it_goes_on_to_the_same_bytes(tmp_p
     assert killed >= 40 // stride
 
 
+def all_of_the_group_end(group: int) -> None:
+    for _ in range(600):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"processes of group {group} go on")
+
+
 def test_killed_again_and_again_it_goes_on_to_the_same_bytes(tmp_path, tokenizer):
     """At random times, with processes that tokenise: they end too."""
     source = write_lines(tmp_path / "source", rows_of(1500))
@@ -222,6 +232,7 @@ def test_killed_again_and_again_it_goes_on_to_the_same_bytes(tmp_path, tokenizer
         pid = os.fork()
         if pid == 0:
             try:
+                os.setpgid(0, 0)
                 build(source, out, tokenizer, **options)
             finally:
                 os._exit(0)
@@ -233,6 +244,7 @@ def test_killed_again_and_again_it_goes_on_to_the_same_bytes(tmp_path, tokenizer
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 kills += 1
+                all_of_the_group_end(pid)
                 break
         else:
             break

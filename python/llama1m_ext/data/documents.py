@@ -65,13 +65,20 @@ class Fields:
                 if isinstance(row, RowError):
                     raise row
                 text = _encodable(_look_up(row, self.text, name))
-                source = by_name if self.source is None else _look_up(row, self.source, name)
+                source = by_name if self.source is None else self._source(row, name)
             except RowError:
                 if not self.skip_bad:
                     raise
                 yield Document(name, "", "", bad=True)
                 continue
             yield Document(name, source, text if text and not text.isspace() else "")
+
+    def _source(self, row: Any, name: str) -> str:
+        assert self.source is not None
+        try:
+            return _look_up(row, self.source, name)
+        except RowError as error:
+            raise RowError(f"{error}; without a source field, a source is a file") from None
 
 
 def _look_up(row: Any, field: str, name: str) -> str:
