@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from . import cgroup
+
 CHUNK_BYTES = 512 << 20
 """Activations of one chunk, at most. More makes nothing faster: the matrices are large enough long before."""
 MIN_CHUNK, MAX_CHUNK = 128, 8192
@@ -15,7 +17,7 @@ GPU_CHUNK_BYTES, GPU_MAX_CHUNK = 2 << 30, 16384
 
 def available_bytes() -> int | None:
     """Memory that can be had without swapping, or None where the system does not say."""
-    found = [_of_system(), *map(_of_cgroup, _CGROUPS), *_of_limits()]
+    found = [_of_system(), cgroup.available_bytes(), *_of_limits()]
     return min((n for n in found if n is not None), default=None)
 
 
@@ -51,27 +53,6 @@ def _of_system() -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return None  # neither Linux nor a Unix that tells
-
-
-# A container's own limit, which /proc/meminfo does not know: (limit, used), in the second and in the first version.
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-
-
-def _of_cgroup(files: tuple[str, str]) -> int | None:
-    try:
-        limit, used = (int(Path(file).read_text(encoding="ascii")) for file in files)
-    except (OSError, ValueError):
-        return None  # no cgroup, or "max"
-    try:
-        # Files' pages count as used, and are given up when memory is wanted: those of an offloaded cache, for one.
-        lines = Path(files[1]).with_name("memory.stat").read_text(encoding="ascii").splitlines()
-        used -= sum(int(n) for name, n in map(str.split, lines) if name in ("inactive_file", "active_file"))
-    except (OSError, ValueError):
-        pass
-    return max(0, limit - used)
 
 
 def _of_limits() -> list[int]:

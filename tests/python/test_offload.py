@@ -637,21 +637,6 @@ def test_a_folder_in_memory_is_not_the_default(monkeypatch):
     assert offload.free_bytes("/tmp") > 0
 
 
-def test_memory_of_a_container(tmp_path):
-    """Files' pages, an offloaded cache's for one, count as used there, and are free all the same."""
-    limit, used, stat = tmp_path / "max", tmp_path / "current", tmp_path / "memory.stat"
-    limit.write_text("1000000\n")
-    used.write_text("900000\n")
-    files = str(limit), str(used)
-    assert memory._of_cgroup(files) == 100_000
-    stat.write_text("anon 300000\nactive_file 200000\ninactive_file 400000\nslab 5\n")
-    assert memory._of_cgroup(files) == 700_000
-    used.write_text("1900000\n")
-    assert memory._of_cgroup(files) == 0
-    limit.write_text("max\n")
-    assert memory._of_cgroup(files) is None and memory._of_cgroup((str(tmp_path / "none"), files[1])) is None
-
-
 @pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
 def test_memory_that_ulimit_leaves(run_python, limit):
     script = f"""
