@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 _LIMITS = {"cgroup2": ("memory.max", "memory.high"), "cgroup": ("memory.limit_in_bytes",)}
 """Files of a group, by the type of its file system. Who takes more than `high` is slowed down until he swaps."""
+_UNLIMITED = 1 << 60
+"""The first version has a number of this size, in whole pages of memory, where there is no limit."""
 _USED = {"cgroup2": "memory.current", "cgroup": "memory.usage_in_bytes"}
 
 
@@ -101,9 +103,9 @@ def _unescaped(text: str) -> str:
 
 def _left(kind: str, folder: Path) -> int | None:
     """What a group's own limit leaves; None: it has none."""
-    limits = [n for n in (_number(folder / name) for name in _LIMITS[kind]) if n is not None]
-    used = _number(folder / _USED[kind])
-    if not limits or used is None:
+    limits = [n for n in (_number(folder / name) for name in _LIMITS[kind]) if n is not None and n < _UNLIMITED]
+    used = _number(folder / _USED[kind]) if limits else None
+    if used is None:
         return None
     return max(0, min(limits) - max(0, used - _given_up(folder)))
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llama1m_ext import LongCache, memory, offload, ops, pagefile, set_options, stats, stored
+from llama1m_ext import LongCache, offload, ops, pagefile, set_options, stats, stored
 from llama1m_ext.formats import GROUP, Compact, KvFormat, Page, empty
 from llama1m_ext.offload import Store, StoredPage
 from llama1m_ext.pagefile import PageFile
