@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from . import final_length
+
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 EXPLICIT = "_llama1m_sdpa_by_name"
 
@@ -211,7 +213,8 @@ def batch_encoding_shape(original: Any, owner: type) -> Any:
 
 
 def generate(original: Callable[..., Any], owner: Any) -> Callable[..., Any]:
-    """`generate` that takes a mapping, where transformers gives one, and looks into a `LongCache` that it is given."""
+    """`generate` that takes a mapping, where transformers gives one, looks into a `LongCache` that it is given, and lets
+    the plan know how long it will be."""
 
     @functools.wraps(original)
     def generate_from_mapping(self: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -221,9 +224,27 @@ def generate(original: Callable[..., Any], owner: Any) -> Callable[..., Any]:
         cache = given_cache(kwargs)
         if hasattr(cache, "warn_of_other_tokens"):
             cache.warn_of_other_tokens(kwargs.get("input_ids") if inputs is None else inputs)
-        return super(owner, self).generate(inputs, *args, **kwargs)
+        with final_length.generating(self):
+            return super(owner, self).generate(inputs, *args, **kwargs)
 
     return generate_from_mapping
+
+
+def prepare_cache(original: Callable[..., Any] | None, owner: Any) -> Callable[..., Any] | None:
+    """Where `generate` makes its cache, it has resolved all that says how long that may get: its arguments, the generation
+    config's fields and their defaults, embeddings in the place of ids. Rows are multiplied by then."""
+    if original is None or "max_cache_length" not in inspect.signature(original).parameters:
+        return original
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def with_its_length(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens = signature.bind(self, *args, **kwargs).arguments["max_cache_length"]
+        if isinstance(tokens, int):
+            final_length.note(self, tokens)
+        return super(owner, self)._prepare_cache_for_generation(*args, **kwargs)
+
+    return with_its_length
 
 
 # -- prefill in chunks ----------------------------------------------------------------------------------------------------

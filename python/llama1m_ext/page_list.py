@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .dense import Kind, Scratch, Stored, indexable, is_dense, loaded, new_page, part_of, with_rows
 from .formats import GROUP, MODEL, KvFormat, Page, rounded
+from .limit import Limit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,6 +40,7 @@ class PageList:
         length: tokens in use.
         capacity: tokens that the pages have room for.
         kind: shapes and dtypes, once something is there.
+        limit: what the pages of all layers may take, or None: whatever there is.
     """
 
     def __init__(self, page_size: PageSize = "auto", kv: KvFormat | None = None, **kwargs: Any) -> None:
@@ -47,6 +49,7 @@ class PageList:
         self.length = 0
         self.capacity = 0
         self.kind: Kind | None = None
+        self.limit: Limit | None = None
         self._kv = kv
         self._expected = 0
         # So many of the first tokens belong to somebody else, or somebody holds a view of them: what is written there
@@ -183,16 +186,23 @@ class PageList:
         self.commit(at)
 
     def _grow(self, n: int, k: Tensor, v: Tensor) -> None:
-        """Makes room for n more tokens."""
-        need = self.length + n - self.capacity
+        """Makes room for n more tokens.
+
+        Raises:
+            DoesNotFit: the limit has none. Nothing has changed then.
+        """
+        need = max(self.length + n, self._expected) - self.capacity
         if self.page_size == "auto":
-            total = max(self.length + n, self._expected)
-            sizes = [rounded(max(need, total - self.capacity) + spare(total, not self.pages), ROUND)]
+            size = rounded(need + spare(need + self.capacity, not self.pages), ROUND)
         else:
-            sizes = [self.page_size] * -(-need // self.page_size)
-        for size in sizes:
-            self.pages.append(new_page(MODEL, size, k, v))
-            self.capacity += size
+            need = self.length + n - self.capacity
+            size = rounded(need, self.page_size)
+        if self.limit is not None:
+            size = self.limit.tokens(size, need, self.nbytes, dense_bytes(k, v))
+        step = size if self.page_size == "auto" else self.page_size
+        for at in range(0, size, step):
+            self.pages.append(new_page(MODEL, min(step, size - at), k, v))
+            self.capacity += self.pages[-1].size
 
     # -- forgetting, sharing -------------------------------------------------------------------------------------------
 
@@ -331,6 +341,11 @@ class PageList:
 
     def _settle(self) -> None:
         """Before anything is done with the pages."""
+
+
+def dense_bytes(k: Tensor, v: Tensor) -> int:
+    """Bytes of a token in keys and values like k and v `[batch, kv_heads, n, head_dim]`."""
+    return sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in (k, v))
 
 
 def spare(total: int, first: bool) -> int:

@@ -202,7 +202,7 @@ class PagedLayer(SealedList, DynamicLayer):
     def reset(self) -> None:
         """Forgets everything, memory included, and a format that a model chose."""
         self._clear()
-        self.kind, self.store, self._kv = None, None, self._asked
+        self.kind, self.store, self.limit, self._kv = None, None, None, self._asked
         self.is_initialized = False
 
     def offload(self) -> None:

@@ -44,6 +44,7 @@ def of_family(family: Family) -> tuple[Patch, ...]:
         Patch(modeling, f"{prefix}Attention", "forward", "llama:attention_forward"),
         Patch(modeling, f"{prefix}ForCausalLM", "forward", "model:causal_lm_forward"),
         Patch(modeling, f"{prefix}ForCausalLM", "generate", "_compat:generate"),
+        Patch(modeling, f"{prefix}ForCausalLM", "_prepare_cache_for_generation", "_compat:prepare_cache"),
         Patch(modeling, f"{prefix}ForCausalLM", "_prefill_chunking", "_compat:prefill_chunking"),
         Patch(modeling, f"{prefix}PreTrainedModel", "set_attn_implementation", "_compat:set_attn_implementation"),
         Patch(configuration, f"{prefix}Config", "_attn_implementation", "_compat:attn_implementation"),

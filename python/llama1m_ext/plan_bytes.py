@@ -145,6 +145,20 @@ def layer_bytes(shape: Shape, kv: str, tokens: int, batch: int = 1) -> int:
     )
 
 
+def least_bytes(shape: Shape, kv: str, tokens: int, batch: int = 1) -> int:
+    """Likewise of all layers, with the room that they can't do without: the whole tail of a compact format. What
+    `Limit` lets them have."""
+    from .formats import GROUP, KvFormat
+    from .sealed import KEPT, SINK, TAIL
+
+    fmt, dense = KvFormat.parse(kv), 2 * shape.kv_dim * shape.size
+    if fmt.is_model:
+        return kv_bytes(shape, kv, tokens, batch)
+    compact = max(0, tokens - SINK - KEPT) // GROUP * GROUP if tokens >= SINK + TAIL else 0
+    each = compact * fmt.token_bytes(shape.kv_heads, shape.head_dim, shape.size) + (SINK + TAIL) * dense
+    return shape.layers * batch * int(each)
+
+
 def room_bytes(shape: Shape, kv: str, total: int, batch: int = 1) -> int:
     """Bytes of all layers' pages that a prompt of `total` tokens leaves unused (pages of automatic size)."""
     from .formats import KvFormat, rounded

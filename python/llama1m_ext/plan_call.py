@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import plan_bytes, plan_choice
+from . import final_length, plan_bytes, plan_choice
+from .limit import Limit
 from .memory import address_space, available_bytes, free_bytes
 from .options import parse_bytes
 from .placement import chunk_len, device_of
@@ -66,7 +67,7 @@ def _free(device: torch.device) -> int | None:
 
 
 def check(call: Call, keep: int, chunk: int) -> None:
-    """Before a call's work.
+    """Before a call's work. What `generate` is still to make counts as well.
 
     Args:
         keep: so many last positions get logits; 0: all.
@@ -75,7 +76,8 @@ def check(call: Call, keep: int, chunk: int) -> None:
     Raises:
         DoesNotFit: what it takes is more than there is.
     """
-    if call.q_len == 1 or _is_small(call):
+    _limit(call)
+    if (call.q_len == 1 and call.past_len) or _is_small(call):
         return
     storage = storage_of(call)
     kv_from: plan_choice.KvFrom = "cache" if getattr(call.cache, "kv", None) not in (None, "auto") else "options"
@@ -94,16 +96,41 @@ def check(call: Call, keep: int, chunk: int) -> None:
         plan_choice.check(shape, work, share, available, used, offload, room, kv_from)
     budget = call.options.kv_memory
     if call.pages is not None and storage.offload not in ("disk", "host") and budget != "auto":
-        total, most = call.past_len + call.q_len, parse_bytes("kv_memory", budget)
         shape, work, _ = _reckoned(call, keep, chunk)
-        pages = plan_bytes.kv_bytes(shape, storage.kv, total, call.batch)
-        plan_choice.check_pages(shape, work, storage, most, pages, kv_from)
+        plan_choice.check_pages(shape, work, storage, parse_bytes("kv_memory", budget), kv_from)
+
+
+def _limit(call: Call) -> None:
+    """Lets the layers know how much they may take, which they ask whenever they make a page. Where the next token has no
+    room, and may have it elsewhere, this call is one with pages on the disk."""
+    layers, said = call.pages, call.options.kv_memory
+    if not layers or (said == "auto" and layers[0].limit is None):
+        return
+    limit = None if said == "auto" else Limit(parse_bytes("kv_memory", said), len(layers))
+    for layer in layers:
+        layer.limit = limit
+    first = layers[0]
+    # A compact format makes pages of a tail that is full, one token before it needs another.
+    if limit is None or first.store is not None or call.q_len > 1 or first.capacity - first.length > 1:
+        return
+    if call.options.offload == "auto" and call.past_len:
+        shape, _, _ = _reckoned(call, 1, 1)
+        if plan_bytes.least_bytes(shape, first.format.name, call.past_len + 1, call.batch) > limit.nbytes:
+            call.options = dataclasses.replace(call.options, offload="disk")
+
+
+def _new(call: Call) -> int:
+    """Tokens that are still to come in each row after this call, as far as somebody says."""
+    final = None if call.pages is None else final_length.of(call.model)
+    return 0 if final is None else max(0, final - call.past_len - call.q_len)
 
 
 def _is_small(call: Call) -> bool:
+    if call.options.kv_memory != "auto":
+        return False  # a limit may be small too
     config = call.model.config
     pages = 0 if call.pages is None else 2 * config.num_hidden_layers * _kv_dim(config)
-    tokens = call.batch * (call.past_len + call.q_len)
+    tokens = call.batch * (call.past_len + call.q_len + _new(call))
     return tokens * (pages + config.hidden_size) * call.model.dtype.itemsize < SMALL
 
 
@@ -152,6 +179,7 @@ def _reckoned(
     work = Work(
         call.q_len,
         call.past_len,
+        _new(call),
         batch=call.batch,
         keep=keep,
         chunk=chunk,

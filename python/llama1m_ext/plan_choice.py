@@ -9,11 +9,11 @@ less memory, or more tokens, the choice only ever moves on in that list.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .plan_bytes import LADDER, Offload, Peak, Storage, Work, kv_bytes, parts, peak
+from .plan_bytes import LADDER, Offload, Peak, Storage, Work, least_bytes, parts, peak
 from .plan_shape import Shape
 
 MARGIN = 1.05
@@ -95,7 +95,7 @@ def choose(
     tried: list[Choice] = []
     for name in LADDER if kv == "auto" else (kv,):
         found = try_one(name, None)
-        pages = kv_bytes(shape, name, work.past + work.tokens + work.new, work.batch)
+        pages = least_bytes(shape, name, work.past + work.tokens + work.new, work.batch)
         enough = available is None or (found.peak.bytes - used) * (MARGIN if kv == "auto" else 1) <= available
         if enough and (kv_memory is None or pages <= kv_memory) and not disk:
             return dataclasses.replace(found, fits=True, why=_why(kv, name, tried, found, available, used))
@@ -116,7 +116,8 @@ def choose(
             why = f"{what}: pages go to the disk, {gib(found.storage.kv_memory or 0)} of them stay in memory"
         return dataclasses.replace(found, why=why)
     why = f"nothing fits: the smallest needs {gib(smallest.peak.bytes - used)}, {gib(available or 0)} are available"
-    over = kv_memory is not None and kv_bytes(shape, smallest.storage.kv, work.past + work.tokens) > kv_memory
+    final = work.past + work.tokens + work.new
+    over = kv_memory is not None and least_bytes(shape, smallest.storage.kv, final, work.batch) > kv_memory
     return dataclasses.replace(smallest, fits=smallest.fits and not over, why=why)
 
 
@@ -219,7 +220,7 @@ def check(
     listed = ", ".join(f"{name} {gib(n)}" for name, n in list(worst.parts.items())[:4])
     text = "\n".join(f"  - {way}" for way in ways) or "  - none: not even the weights' own work fits"
     raise DoesNotFit(
-        f"{work.tokens} tokens{f' of {work.batch} rows' if work.batch > 1 else ''} need {gib(needed)} more memory, and "
+        f"{_tokens(work)} need {gib(needed)} more memory, and "
         f"{gib(limit)} are available (the worst moment, {worst.phase}: {listed}). Nothing was computed. Ways out, the "
         f"cheapest first:\n{text}",
         needed,
@@ -228,17 +229,30 @@ def check(
     )
 
 
-def check_pages(shape: Shape, work: Work, storage: Storage, most: int, pages: int, kv_from: KvFrom = "options") -> None:
-    """Whether pages fit into the `kv_memory` that the user gave.
+def _tokens(work: Work) -> str:
+    rows = f" of {work.batch} rows" if work.batch > 1 else ""
+    return f"{work.tokens} tokens{rows}" + (f" and up to {work.new} that are generated" if work.new else "")
+
+
+def check_pages(shape: Shape, work: Work, storage: Storage, most: int, kv_from: KvFrom = "options") -> None:
+    """Whether pages fit into the `kv_memory` that the user gave, those of what is to be generated too.
 
     Raises:
         DoesNotFit: with the cheapest ways out.
     """
+
+    def takes(kv: str, new: int) -> int:
+        return least_bytes(shape, kv, work.past + work.tokens + new, work.batch)
+
+    pages = takes(storage.kv, work.new)
     if pages <= most:
         return
     ways = []
+    new = largest(lambda n: takes(storage.kv, n) <= most, work.new)
+    if new:
+        ways.append(f"max_new_tokens={new}: so many fit")
     for name in LADDER if kv_from else ():
-        smaller = kv_bytes(shape, name, work.past + work.tokens, work.batch)
+        smaller = takes(name, work.new)
         if smaller <= most:
             asked = "LongCache" if kv_from == "cache" else "set_options"
             model = "" if kv_from == "cache" else "model, "
@@ -247,9 +261,10 @@ def check_pages(shape: Shape, work: Work, storage: Storage, most: int, pages: in
     ways.append(f'set_options(model, kv_memory="{-(-pages // _MIB)}MiB")')
     ways.append(f'set_options(model, offload="disk"): {gib(pages - most)} of the pages go to the disk')
     text = "\n".join(f"  - {way}" for way in ways)
+    more = f" and up to {work.new} that are generated" if work.new else ""
     raise DoesNotFit(
-        f'kv_memory: {work.past + work.tokens} tokens in kv="{storage.kv}" take {gib(pages)} of pages, and {gib(most)} are '
-        f"allowed. Nothing was computed. Ways out, the cheapest first:\n{text}",
+        f'kv_memory: {work.past + work.tokens} tokens{more} in kv="{storage.kv}" take {gib(pages)} of pages, and '
+        f"{gib(most)} are allowed. Nothing was computed. Ways out, the cheapest first:\n{text}",
         pages,
         most,
         tuple(ways),
@@ -286,6 +301,9 @@ def _ways(
         if takes(smaller, storage) <= limit:
             yield f"set_options(model, chunk={chunk}) {saved(takes(smaller, storage))}"
             break
+    new = largest(lambda n: takes(dataclasses.replace(work, new=n), storage) <= limit, work.new)
+    if new:
+        yield f"max_new_tokens={new}: so many fit"
     own = LADDER.index(storage.kv) if storage.kv in LADDER else 1
     small = dataclasses.replace(work, chunk=min(work.chunk, 128))
     for name in LADDER[own + 1 :] if kv_from else ():
@@ -340,3 +358,12 @@ def most_tokens(shape: Shape, work: Work, storage: Storage, limit: int, used: in
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low if low < 64 else low // 64 * 64
+
+
+def largest(fits: Callable[[int], bool], end: int) -> int:
+    """The largest number below `end` that fits, where all smaller ones do; 0: none does."""
+    low, high = 0, end
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

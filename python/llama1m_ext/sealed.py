@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops
 from .dense import Kind, Stored, gathered, groups, is_dense, loaded, new_page, page_like, pieces
 from .formats import GROUP, MODEL, KvFormat, Page, rounded
-from .page_list import PageList, PageSize, spare
+from .page_list import PageList, PageSize, dense_bytes, spare
 
 if TYPE_CHECKING:
     from .offload import Store
@@ -68,6 +68,7 @@ class SealedList(PageList):
 
         Raises:
             OSError: the store can't take a page. All of them are in memory then.
+            DoesNotFit: the limit has no room for a page.
         """
         if self._compact:
             self._seal()
@@ -132,6 +133,9 @@ class SealedList(PageList):
         used, need = self.length - start, max(n, self._expected - self.length)
         size = _tail_size(start)
         if used + need <= size:
+            if self.limit is not None and self.store is None:
+                taken = _memory(self.pages[:index])
+                self.limit.tokens(size, size, taken, dense_bytes(k, v))
             run: Any = self.pages[index:]
             self.pages[index:] = [gathered(run, 0, used, size) if run else new_page(MODEL, size, k, v)]
             self.capacity = start + size
@@ -224,9 +228,15 @@ class SealedList(PageList):
             size = n + spare(max(self.length, self._expected), all(map(is_dense, pages)))
         else:
             size = self.page_size
+        size = rounded(size, GROUP)
         if self.store is not None:
-            size = min(size, self._bounded(k, v))
-        return rounded(size, GROUP)
+            return min(size, self._bounded(k, v))
+        if self.limit is not None:
+            batch, heads, _, head_dim = k.shape
+            each = batch * self.format.token_bytes(heads, head_dim, k.element_size())
+            taken = _memory(pages) + TAIL * dense_bytes(k, v)
+            size = self.limit.tokens(size, n, taken, each, GROUP)
+        return size
 
     def _bounded(self, k: Tensor, v: Tensor) -> int:
         """Tokens of a page that the store takes, a multiple of 64."""
@@ -241,6 +251,11 @@ class SealedList(PageList):
             index -= 1
             start -= self.pages[index].size
         return index, start
+
+
+def _memory(pages: Sequence[Page | Stored]) -> int:
+    """Bytes of those pages that are in memory."""
+    return sum(page.nbytes for page in pages if isinstance(page, Page))
 
 
 def _tail_size(start: int) -> int:

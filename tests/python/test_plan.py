@@ -263,11 +263,12 @@ def test_kv_memory_alone_is_a_limit(monkeypatch):
     set_options(model, chunk=512, kv="model", offload=None, kv_memory=1 << 20)
     with torch.inference_mode(), pytest.raises(DoesNotFit, match="kv_memory"):
         model(random_ids(1, 4096), past_key_values=LongCache(), logits_to_keep=1)
-    set_options(model, kv="auto", kv_memory="1500KiB")
+    set_options(model, kv="auto", kv_memory="1900KiB")
     cache = LongCache()
     with torch.inference_mode():
         model(random_ids(1, 2048), past_key_values=cache, logits_to_keep=1)
     assert cache.format.name == "int8"
+    assert cache.nbytes <= 1900 << 10
 
 
 def test_auto_becomes_compact_and_then_goes_to_the_disk(monkeypatch, tmp_path):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 
 import pytest
 import torch
 
-from llama1m_ext import DoesNotFit, LongCache, plan_call, set_options
+from conftest import needs_prefill_chunks
+from llama1m_ext import DoesNotFit, LongCache, _compat, plan_call, set_options
 from llama1m_ext.plan_bytes import Storage, Work, peak
 from llama1m_ext.plan_shape import shape_of
 from llama1m_ext.testing import random_ids, tiny_model
@@ -214,3 +216,177 @@ def test_logits_count_only_where_they_are_made(planned):
         assert caught.value.needed >= all_logits
         planned(all_logits * 1.2)
         assert model(ids).logits.shape[:2] == (1, 2048)
+
+
+# -- what is to be generated -------------------------------------------------------------------------------------------
+
+
+def once(*_, **__):
+    """A stopping criterion: one token is enough."""
+    return torch.ones(1, dtype=torch.bool)
+
+
+def generate(model, ids, cache, **more):
+    with torch.inference_mode():
+        more = {"stopping_criteria": [once], "eos_token_id": None, "do_sample": False, **more}
+        return model.generate(ids, **{_compat.cache_name(): cache}, **more)
+
+
+def room_for(shape, kv: str, new: int, batch: int = 1) -> float:
+    """Bytes in which 512 tokens and so many new ones fit in this format, with what "auto" wants to spare."""
+    work = Work(512, new=new, batch=batch, chunk=128)
+    return 1.06 * (peak(shape, work, Storage(kv)).bytes - shape.weight_bytes)
+
+
+@pytest.mark.parametrize("how", ["max_new_tokens", "max_length", "config", "embeddings", "beams", "chunks", "another"])
+def test_auto_counts_what_generate_may_make(planned, how):
+    model = tiny_model(hidden_size=256, num_hidden_layers=4)
+    set_options(model, progress=False, chunk=128)
+    rows = 2 if how == "beams" else 1
+    shape = shape_of(model)[1]
+    planned(room_for(shape, "int8", 3072, rows))
+    assert (
+        room_for(shape, "model", 0, rows)
+        < room_for(shape, "int8", 3072, rows)
+        < room_for(shape, "model", 3072, rows) / 1.06
+    )
+    ids, more, given = random_ids(1, 512), {"max_new_tokens": 3072}, LongCache()
+    if how == "max_length":
+        more = {"max_length": 3584}
+    elif how == "config":
+        model.generation_config.max_new_tokens, more = 3072, {}
+    elif how == "embeddings":
+        more["inputs_embeds"], ids = model.model.embed_tokens(ids).detach(), None
+    elif how == "beams":
+        more["num_beams"] = 2
+        more["stopping_criteria"] = [lambda ids, *_, **__: torch.ones(len(ids), dtype=torch.bool)]
+    elif how == "chunks":
+        needs_prefill_chunks()
+        more["prefill_chunk_size"] = 100
+    seen = []
+    if how == "another":  # the plan of another model that is asked meanwhile, and of this one in another thread
+        other = tiny_model(hidden_size=256, num_hidden_layers=4)
+        set_options(other, progress=False, chunk=128)
+
+        def meanwhile(*_, **__):
+            for asked, run in ((other, lambda f: f()), (model, in_a_thread)):
+                cache = LongCache()
+                run(lambda asked=asked, cache=cache: history_of(asked, ids, cache))
+                seen.append(cache.format.name)
+            return torch.ones(1, dtype=torch.bool)
+
+        more["stopping_criteria"] = [meanwhile]
+    generate(model, ids, given, **more)
+    assert given.format.name == "int8"
+    assert seen == (["model", "model"] if how == "another" else [])
+    again = LongCache()
+    history_of(model, random_ids(1, 512), again)
+    assert again.format.name == "model"  # nothing is left of it
+    if how == "max_new_tokens":
+        short = LongCache()
+        generate(model, ids, short, max_new_tokens=8)
+        assert short.format.name == "model"
+
+
+def in_a_thread(function) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
+def history_of(model, ids, cache) -> None:
+    with torch.inference_mode():
+        model(ids, **{_compat.cache_name(): cache}, logits_to_keep=1)
+
+
+@pytest.mark.parametrize("limit", ["memory", "kv_memory"])
+def test_what_cannot_be_generated_is_said_before(planned, limit):
+    model = tiny_model(hidden_size=256, num_hidden_layers=4)
+    set_options(model, progress=False, chunk=128, kv="model", offload=None)
+    if limit == "memory":
+        planned(room_for(shape_of(model)[1], "model", 1024))
+    else:
+        set_options(model, kv_memory=4 * 1024 * (512 + 1024))
+        planned(1 << 34)
+    ids, cache = random_ids(1, 512), LongCache()
+    with pytest.raises(DoesNotFit, match="512 tokens and up to 2999 that are generated") as caught:
+        generate(model, ids, cache, max_new_tokens=3000)
+    assert cache.get_seq_length() == 0
+    (way,) = [way for way in caught.value.ways if "max_new_tokens" in way]
+    most = int(re.search(r"max_new_tokens=(\d+)", way)[1])
+    assert 1000 < most < 2500
+    with pytest.raises(DoesNotFit):
+        generate(model, ids, cache, max_new_tokens=most + 10)
+    generate(model, ids, cache, max_new_tokens=most)
+    assert cache.get_seq_length() == 512
+
+
+# -- a limit that is reached on the way ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kv", "page_size", "step"), [("model", "auto", 1), ("model", 64, 7), ("int8", "auto", 64), ("int8/int4", 64, 16)]
+)
+def test_pages_never_take_more_than_kv_memory(kv, page_size, step):
+    model = tiny_model(hidden_size=256)
+    ids = random_ids(1, 1200)
+    most = 2 * (600 * 1024 if kv == "model" else 470 * 1024)
+    start = 550 if kv == "model" else 400
+    set_options(model, progress=False, kv=kv, page_size=page_size, offload=None, kv_memory=most)
+    free = tiny_model(hidden_size=256)
+    set_options(free, progress=False, kv=kv, page_size=page_size)
+    cache, other = LongCache(), LongCache()
+    for asked, mine in ((model, cache), (free, other)):
+        history_of(asked, ids[:, :start], mine)
+    at = start
+    with torch.inference_mode():
+        while at < 1200:
+            more = ids[:, at : at + step]
+            before = [(layer.length, layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+            try:
+                logits = model(more, past_key_values=cache).logits
+            except DoesNotFit as e:
+                error = e
+                break
+            torch.testing.assert_close(logits, free(more, past_key_values=other).logits, atol=1e-4, rtol=1e-4)
+            assert cache.nbytes <= most
+            at += step
+        else:
+            raise AssertionError("there was room for everything")
+        assert error.needed > error.available == most
+        assert "kv_memory" in error.ways[0]
+        assert at > start
+        if kv == "model":
+            assert 600 - step < at <= 600  # all of it is used
+        for layer, (length, keys, values) in zip(cache.layers, before, strict=True):
+            assert layer.length == length == at
+            assert torch.equal(layer.keys, keys)
+            assert torch.equal(layer.values, values)
+        set_options(model, kv_memory="auto")
+        on, want = (f(more, past_key_values=c).logits for f, c in ((model, cache), (free, other)))
+        torch.testing.assert_close(on, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kv", ["model", "int8"])
+def test_tokens_that_outgrow_kv_memory_go_to_the_disk(kv, tmp_path):
+    model = tiny_model(hidden_size=256)
+    free = tiny_model(hidden_size=256)
+    ids = random_ids(1, 720)
+    most = 2 * (600 * 1024 if kv == "model" else 470 * 1024)
+    start = 590 if kv == "model" else 511
+    set_options(model, progress=False, kv=kv, kv_memory=most, offload_dir=str(tmp_path))
+    set_options(free, progress=False, kv=kv)
+    cache, other = LongCache(), LongCache()
+    for asked, mine in ((model, cache), (free, other)):
+        history_of(asked, ids[:, :start], mine)
+    assert cache.layers[0].store is None
+    with torch.inference_mode():
+        end = 640 if kv == "model" else 720
+        for at in range(start, end):
+            one = ids[:, at : at + 1]
+            a, b = (asked(one, past_key_values=mine).logits for asked, mine in ((model, cache), (free, other)))
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+            if cache.layers[0].store is not None and at % 50 == 0:
+                assert cache.nbytes <= most
+    assert cache.layers[0].store is not None
+    assert cache.get_seq_length() == end
