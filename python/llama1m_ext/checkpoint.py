@@ -28,12 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _core, tensorfile
-from .call import Call
+from . import _core, saved, tensorfile
+from .call import DTYPES, Call
 from .dense import Kind, loaded
 from .fingerprint import fingerprint
+from .formats import GROUP, OF_DTYPE
+from .memory import GPU_MAX_CHUNK
+from .page_list import ROUND, spare
 from .placement import device_of
-from .sealed import SealedList
+from .sealed import SINK, TAIL, SealedList
 from .stored import CacheDamaged, PageSource, StoredPage, as_bytes, checksum
 
 VERSION = 1
@@ -46,6 +49,8 @@ LATENCY = 0.05
 """Seconds that are assumed to go by however little is written."""
 _STATE = "state.safetensors"
 _META = "llama1m.checkpoint"
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+"""What a file may raise whose words are not ours. Not what memory does that is full: the file is good then."""
 
 
 class Checkpoint:
@@ -112,10 +117,14 @@ class Checkpoint:
             state = tensorfile.description(tensorfile.read(path)[0], _META, str(path))
             if state.get("version") != VERSION or state["key"] != self._key:
                 raise CacheDamaged(f"{path}: expected version {VERSION} of prefill {self._key}")
-            done, chunk = state["done"], state["chunk"]
-            if not (type(done) is int and 0 < done < len(self.call.layers) and type(chunk) is int and chunk > 0):
-                raise CacheDamaged(f"{path}: expected 1 to {len(self.call.layers) - 1} layers, got {done!r}")
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            done, chunk, asked = state["done"], state["chunk"], self.call.options.chunk
+            if not (type(done) is int and 0 < done < len(self.call.layers)):
+                raise CacheDamaged(f"{path}: expected 1 to {len(self.call.layers) - 1} layers, got {done!r:.80}")
+            if type(chunk) is not int or not (0 < chunk <= GPU_MAX_CHUNK if asked == "auto" else chunk == asked):
+                raise CacheDamaged(f"{path}: expected chunks as the option says, {asked}, got {chunk!r:.80}")
+            if not isinstance(state["run"], str) or not isinstance(state["environment"], dict):
+                raise CacheDamaged(f"{path}: expected a run and its environment")
+        except DAMAGE as e:
             self._start_over(e)
             return
         self._state, self.chunk = state, chunk
@@ -136,9 +145,9 @@ class Checkpoint:
         before = [page.snapshot() for page in pages]
         try:
             for i in range(done if pages else 0):
-                self._refill(i, pages[i])
+                self._refill(i, pages[i], hidden.dtype)
             self._read_hidden(hidden)
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except DAMAGE as e:
             for page, snapshot in zip(pages, before, strict=True):
                 page.restore(snapshot)
             self._start_over(e)
@@ -152,33 +161,67 @@ class Checkpoint:
         self._run, self._written = self._state["run"], done
         return done
 
-    def _refill(self, i: int, layer: SealedList) -> None:
+    def _refill(self, i: int, layer: SealedList, dtype: torch.dtype) -> None:
         assert self.folder is not None and self._state is not None
         path = self.folder / _layer_name(i)
         source = PageSource.open(path, mapped=True)
         metadata, spans = tensorfile.read(source)
         body = tensorfile.description(metadata, _META, str(path))
-        past, _ = self._past[i]
         kept, sizes, rooms = body["kept"], body["sizes"], body["rooms"]
-        if body["run"] != self._state["run"] or body["layer"] != i or not 0 <= kept <= len(past):
+        past, past_len = self._past[i]
+        for name, numbers in (("sizes", sizes), ("rooms", rooms)):
+            if not isinstance(numbers, list) or not all(type(n) is int and n > 0 for n in numbers):
+                raise CacheDamaged(f"{path}: {name}: expected numbers from 1 on, got {numbers!r:.80}")
+        if body["run"] != self._state["run"] or body["layer"] != i or type(kept) is not int:
             raise CacheDamaged(f"{path}: expected layer {i} of prefill {self._state['run']}")
-        pages = []
-        for j in range(len(sizes)):
-            mine = {name.partition(".")[2]: entry for name, entry in spans.items() if name.split(".")[0] == str(j)}
-            sums = {name: value for name, (_, value) in mine.items() if value is not None}
-            page = StoredPage(source, {name: span for name, (span, _) in mine.items()}, sums)
-            if page.size != sizes[j] or rooms[j] < sizes[j] or len(sums) != len(mine):
-                raise CacheDamaged(f"{path}: page {j}: expected {sizes[j]} tokens, got {page.size}")
-            pages.append((page, rooms[j]))
-        if sum(sizes) + sum(page.size for page in past[:kept]) != self.call.past_len + self.call.q_len:
-            raise CacheDamaged(f"{path}: expected {self.call.past_len + self.call.q_len} tokens")
-        k_dtype, v_dtype = (tensorfile.dtype_of(name) for name in body["dtypes"])
-        batch, kv_heads, k_dim, v_dim = (int(n) for n in body["kind"])
-        device = device_of(self.call.layers[i], self.call.position_ids.device)
-        kind = Kind(batch, kv_heads, k_dim, v_dim, k_dtype, v_dtype, device)
-        if layer.kind is not None and layer.kind != kind:
-            raise CacheDamaged(f"{path}: expected keys and values like {layer.kind}, got {kind}")
-        layer.refill(kept, pages, kind)
+        before, total = sum(page.size for page in past[: max(0, kept)]), self.call.past_len + self.call.q_len
+        if not 0 <= kept <= len(past) or before > past_len or before + sum(sizes) != total:
+            raise CacheDamaged(f"{path}: expected {total} tokens, got {kept} pages from before and {sizes!r:.80}")
+        kind = self._kind(i, dtype)
+        described = (list(kind[:4]), [tensorfile.dtype_name(of) for of in (kind.k_dtype, kind.v_dtype)])
+        if (body["kind"], body["dtypes"]) != described or layer.kind not in (None, kind):
+            raise CacheDamaged(
+                f"{path}: expected keys and values of {described}, got {body['kind']!r:.80} and {body['dtypes']!r:.80}"
+            )
+        # As a saved cache of one layer.
+        named = {f"0.{name}": entry for name, entry in spans.items()}
+        pages = saved.stored_pages(source, named, [saved.StoredLayer(sizes, layer.format, kind)])[0]
+        compact = (_codes(layer.format.k), _codes(layer.format.v))
+        for page in pages:
+            if (page.dtypes.get("k.codes"), page.dtypes.get("v.codes")) not in ((None, None), compact):
+                raise CacheDamaged(f"{path}: expected pages in the format {layer.format.name}, got {page.dtypes}")
+        self._check_rooms(path, pages, rooms, layer)
+        layer.refill(kept, list(zip(pages, rooms, strict=True)), kind)
+
+    def _kind(self, i: int, dtype: torch.dtype) -> Kind:
+        """Of the keys and values that layer i makes.
+
+        Args:
+            dtype: of the hidden states.
+        """
+        attn, here = self.call.layers[i].self_attn, device_of(self.call.layers[i], self.call.position_ids.device)
+        weight = getattr(attn.k_proj, "weight", None)
+        if torch.is_autocast_enabled(here.type):
+            dtype = torch.get_autocast_dtype(here.type)
+        elif isinstance(weight, Tensor) and weight.dtype in DTYPES:
+            dtype = weight.dtype
+        heads = self.call.model.config.num_key_value_heads
+        return Kind(self.call.batch, heads, attn.head_dim, attn.head_dim, dtype, dtype, here)
+
+    def _check_rooms(self, path: Path, pages: Sequence[StoredPage], rooms: Sequence[int], layer: SealedList) -> None:
+        """Every page but the last is full; so is every compact one but the last of these. And no page has more room than
+        this package gives."""
+        if len(rooms) != len(pages):
+            raise CacheDamaged(f"{path}: rooms: expected {len(pages)}, got {len(rooms)}")
+        total = self.call.past_len + self.call.q_len
+        most = (
+            max(spare(total, False), SINK + TAIL, 0 if layer.page_size == "auto" else layer.page_size) + ROUND + GROUP
+        )
+        compact = [j for j, page in enumerate(pages) if page.dtypes.keys() != {"k", "v"}]
+        for j, (page, room) in enumerate(zip(pages, rooms, strict=True)):
+            last = j in compact[-1:] or (j == len(pages) - 1 and j not in compact)
+            if not page.size <= room <= page.size + (most if last else 0):
+                raise CacheDamaged(f"{path}: page {j}: expected room for {page.size} tokens or a few more, got {room}")
 
     def _read_hidden(self, hidden: Tensor) -> None:
         assert self.folder is not None
@@ -220,7 +263,7 @@ class Checkpoint:
             return
         try:
             for j, (parts, kept) in enumerate(waiting, self._written):
-                self._write_layer(j, parts, kept)
+                self._write_layer(j, parts, kept, hidden.dtype)
             state = {
                 "version": VERSION,
                 "key": self._key,
@@ -252,10 +295,11 @@ class Checkpoint:
             kept += 1
         return layer.parts()[kept:], kept
 
-    def _write_layer(self, j: int, parts: Sequence[tuple[Any, int]], kept: int) -> None:
+    def _write_layer(self, j: int, parts: Sequence[tuple[Any, int]], kept: int, dtype: torch.dtype) -> None:
         assert self.call.pages is not None and self.folder is not None
         kind = self.call.pages[j].kind
-        assert kind is not None
+        if kind is None or kind != self._kind(j, dtype):
+            raise ValueError(f"expected keys and values of {self._kind(j, dtype)}, got {kind}")
         body = {
             "run": self._run,
             "layer": j,
@@ -366,6 +410,11 @@ def _environment() -> dict[str, Any]:
         "llama1m_ext": _core.__version__,
         "isa": _core.isa(),
     }
+
+
+def _codes(name: str) -> torch.dtype | None:
+    """The dtype of the codes of a format; None: it has none."""
+    return next((dtype for dtype, each in OF_DTYPE.items() if each == name), None)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

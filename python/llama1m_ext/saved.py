@@ -97,7 +97,7 @@ class Info:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class StoredLayer:
     """One layer as a file has it: the tokens of its pages, the format they are in and will be in, and their kind."""
 
     sizes: list[int]
@@ -207,7 +207,7 @@ def _load(source: PageSource, inner: Any) -> LongCache:
     layers = _layers(path, body)
     _check_fit(path, layers, inner.config)
     cache = LongCache(kv=layers[0].kv)
-    for layer, stored in zip(layers, _stored(source, spans, layers), strict=True):
+    for layer, stored in zip(layers, stored_pages(source, spans, layers), strict=True):
         pages: list[Page | Stored] = [*stored] if layer.kv.is_model else _with_tail(stored)
         cache.layers.append(PagedLayer.of_pages(pages, body["length"], layer.kv, cache.page_size, layer.kind))
     entry = spans.get("tokens")
@@ -231,7 +231,7 @@ def info(path: str | os.PathLike[str]) -> Info:
 def _info(source: PageSource) -> Info:
     body, spans = _opened(source)
     layers = _layers(source.name, body)
-    _stored(source, spans, layers)
+    stored_pages(source, spans, layers)
     kind = layers[0].kind
     return Info(
         version=body["version"],
@@ -262,7 +262,7 @@ def verify(path: str | os.PathLike[str], step: Callable[[int], object] = int) ->
     source = PageSource.open(path)
     found = _info(source)
     body, spans = _opened(source)
-    for pages in _stored(source, spans, _layers(path, body)):
+    for pages in stored_pages(source, spans, _layers(path, body)):
         for page in pages:
             page.load()
             step(page.nbytes)
@@ -341,8 +341,15 @@ _SIDES = ("k", "v", "k.codes", "k.params", "v.codes", "v.params")
 _Tensors = dict[str, tuple[Span, int | None]]
 
 
-def _stored(source: PageSource, spans: _Tensors, layers: Sequence[_Layer]) -> list[list[StoredPage]]:
-    """The pages of all layers, each of the shapes that it must have, and nothing in the file that belongs nowhere."""
+def stored_pages(source: PageSource, spans: _Tensors, layers: Sequence[StoredLayer]) -> list[list[StoredPage]]:
+    """The pages of all layers, each of the shapes that it must have, and nothing in the file that belongs nowhere.
+
+    Args:
+        spans: what `tensorfile.read` found; the names are those of this module's docstring.
+
+    Raises:
+        CacheDamaged: something else is in the file.
+    """
     tensors: dict[str, _Tensors] = {f"{i}.{j}": {} for i, layer in enumerate(layers) for j in range(len(layer.sizes))}
     for name, entry in spans.items():
         layer, _, rest = name.partition(".")
@@ -422,7 +429,7 @@ def _opened(source: PageSource) -> tuple[dict[str, Any], dict[str, tuple[Span, i
     return body, spans
 
 
-def _layers(path: str | os.PathLike[str], body: Mapping[str, Any]) -> list[_Layer]:
+def _layers(path: str | os.PathLike[str], body: Mapping[str, Any]) -> list[StoredLayer]:
     try:
         found = [_layer(entry, body["length"]) for entry in body["layers"]]
         if not found or len({layer.kind.batch for layer in found}) != 1:
@@ -432,7 +439,7 @@ def _layers(path: str | os.PathLike[str], body: Mapping[str, Any]) -> list[_Laye
     return found
 
 
-def _layer(entry: Mapping[str, Any], length: int) -> _Layer:
+def _layer(entry: Mapping[str, Any], length: int) -> StoredLayer:
     sizes, axes, dtypes = entry["sizes"], entry["kind"], entry["dtypes"]
     for name, numbers in (("sizes", sizes), ("kind", axes)):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 < n < 1 << 40 for n in numbers):
@@ -445,7 +452,7 @@ def _layer(entry: Mapping[str, Any], length: int) -> _Layer:
         math.prod((batch, kv_heads, max(k_dim, v_dim), length)) >= 1 << 50
     ):  # also rounded up to groups, torch can count it
         raise ValueError(f"kind: expected what a file can hold, got {axes} for {length} tokens")
-    return _Layer(
+    return StoredLayer(
         sizes, KvFormat.parse(entry["kv"]), Kind(batch, kv_heads, k_dim, v_dim, k_dtype, v_dtype, torch.device("cpu"))
     )
 
@@ -456,7 +463,7 @@ def _axes(config: Any) -> tuple[int, int, int, int]:
     return config.num_hidden_layers, config.num_key_value_heads, head_dim, head_dim
 
 
-def _check_fit(path: str, layers: Sequence[_Layer], config: Any) -> None:
+def _check_fit(path: str, layers: Sequence[StoredLayer], config: Any) -> None:
     """The layers are those of a model with this config, whatever else the file says of itself."""
     expected = _axes(config)
     for layer in layers:

@@ -300,6 +300,133 @@ def test_a_damaged_checkpoint_costs_a_warning_and_nothing_else(modules, every_la
     assert warned >= 0.9 * len(ways) - 3
 
 
+def rewritten(path, change):
+    """Writes a file anew with checksums that fit, after `change(body, tensors)` has changed what is in it."""
+    import safetensors.torch
+
+    from llama1m_ext import checkpoint, tensorfile
+
+    metadata, spans = tensorfile.read(path)
+    body = tensorfile.description(metadata, checkpoint._META, str(path))
+    loaded = safetensors.torch.load_file(path)
+    tensors = {name: loaded[name].clone() for name in spans}
+    change(body, tensors)
+    entries = [(name, t.dtype, tuple(t.shape), tensorfile.rows(t)) for name, t in tensors.items()]
+    tensorfile.write(path, entries, tensorfile.described(checkpoint._META, body))
+
+
+def of_body(**changes):
+    return lambda body, tensors: body.update({k: f(body[k]) if callable(f) else f for k, f in changes.items()})
+
+
+def without(name):
+    return lambda body, tensors: body.pop(name)
+
+
+def of_tensors(change, only=""):
+    def forge(body, tensors):
+        for name in tensors:
+            if name.endswith(only):
+                tensors[name] = change(tensors[name])
+
+    return forge
+
+
+def also(name, tensor):
+    return lambda body, tensors: tensors.update({name: tensor})
+
+
+def all_of(*forges):
+    return lambda body, tensors: [forge(body, tensors) for forge in forges]
+
+
+FORGED = {
+    "no rooms": of_body(rooms=[]),
+    "rooms of words": of_body(rooms=lambda rooms: ["1"] * len(rooms)),
+    "rooms that are no list": of_body(rooms=7),
+    "endless rooms": of_body(rooms=lambda rooms: [2**50] * len(rooms)),
+    "twice the room": of_body(rooms=lambda rooms: [*rooms[:-1], 4 * rooms[-1]]),
+    "less room than tokens": of_body(rooms=lambda rooms: [*rooms[:-1], 1]),
+    "room in the middle": of_body(rooms=lambda rooms: [rooms[0] + 64, *rooms[1:]]),
+    "negative sizes": of_body(sizes=lambda sizes: [-1, *sizes[1:]]),
+    "sizes that are no numbers": of_body(sizes=lambda sizes: [True] * len(sizes)),
+    "other sizes": of_body(sizes=lambda sizes: [sizes[0] + 1, *sizes[1:]]),
+    "no sizes": without("sizes"),
+    "kept pages that are not there": of_body(kept=3),
+    "kept is negative": of_body(kept=-1),
+    "kept is no number": of_body(kept=None),
+    "another layer": of_body(layer=1),
+    "a negative kind": of_body(kind=lambda kind: [-n for n in kind]),
+    "another kind": of_body(kind=lambda kind: [2 * kind[0], *kind[1:]]),
+    "a kind with words": of_body(kind=["a", "b", "c", "d"]),
+    "half a kind": of_body(kind=lambda kind: kind[:2]),
+    "another dtype": of_body(dtypes=["float16", "float16"]),
+    "no dtypes": of_body(dtypes=[]),
+    "tensors of another dtype": of_tensors(lambda t: t.double() if t.dtype == torch.float32 else t.float()),
+    "all of another dtype": all_of(
+        of_body(dtypes=["float16", "float16"]), of_tensors(lambda t: t.half() if t.dtype == torch.float32 else t)
+    ),
+    "one head, which torch would spread": of_tensors(lambda t: t[:, :1].contiguous()),
+    "one channel": of_tensors(lambda t: t[..., :1].contiguous()),
+    "fewer tokens": of_tensors(lambda t: t[:, :, :1].contiguous()),
+    "fewer axes": of_tensors(lambda t: t[0]),
+    "keys alone": lambda body, tensors: [tensors.pop(name) for name in list(tensors) if ".v" in name],
+    "no tensors": lambda body, tensors: tensors.clear(),
+    "a tensor more": also("77.k", torch.zeros(2)),
+    "a tensor without a page": also("k", torch.zeros(2)),
+}
+OF_STATE = {
+    "no environment": without("environment"),
+    "an environment of words": of_body(environment="here"),
+    "no run": without("run"),
+    "a run that is a number": of_body(run=3),
+    "no chunk": without("chunk"),
+    "chunks without end": of_body(chunk=2**60),
+    "all layers done": of_body(done=3),
+    "no layer done": of_body(done=0),
+    "done is True": of_body(done=True),
+    "other states": of_tensors(lambda t: t[:, :1].contiguous()),
+    "states of another dtype": of_tensors(lambda t: t.double()),
+    "no states": lambda body, tensors: tensors.clear(),
+}
+
+
+@pytest.mark.parametrize("kv", ["model", "int8"])
+def test_a_forged_checkpoint_is_refused_once(modules, every_layer, tmp_path, kv):
+    """Its checksums fit, its words do not: the answer is that of a prefill from the beginning, and nothing is left of it."""
+    model = testing.tiny_model(num_hidden_layers=3)
+    llama1m_ext.set_options(model, chunk="auto", min_layer_major_len=2, kv=kv)
+    ids = testing.random_ids(1, 500)
+    want, calls = read(model, ids)
+    plain = llama1m_ext.LongCache()
+    read(model, ids, plain)
+    llama1m_ext.set_options(model, checkpoint=tmp_path / "good")
+    with stopped(modules, 2):
+        read(model, ids)
+    cases = [("layer-00000.safetensors", *case) for case in FORGED.items()]
+    cases += [("state.safetensors", *case) for case in OF_STATE.items()]
+    cases.append(("layer-00001.safetensors", "nothing", of_body()))
+    for i, (file, what, forge) in enumerate(cases):
+        folder = tmp_path / str(i)
+        shutil.copytree(tmp_path / "good", folder)
+        (path,) = folder.rglob(file)
+        rewritten(path, forge)
+        llama1m_ext.set_options(model, checkpoint=folder)
+        cache = llama1m_ext.LongCache()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            again, mine = read(model, ids, cache)
+        good = what == "nothing"
+        if kv == "model" and what == "room in the middle":
+            good = len(plain.layers[0].pages) == 1  # there is none: it is the last one's
+        assert torch.equal(again, want), what
+        assert (mine < calls) == good, what
+        assert ["starts from the beginning" in str(w.message) for w in seen] == ([] if good else [True]), what
+        assert not any(folder.iterdir()), what
+        if not good:
+            assert_same(cache, plain)
+
+
 # -- disks -------------------------------------------------------------------------------------------------------------
 
 
