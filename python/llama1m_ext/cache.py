@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .formats import KvFormat
+from .maker import Maker
 from .pages import PagedLayer, PageSize
-from .tokens import Maker, Seen
+from .tokens import Seen
 
 if TYPE_CHECKING:
     from .window import SlidingLayer
@@ -116,6 +117,8 @@ class LongCache(DynamicCache):
             model: the model that made the keys and values. Default: that it was last given to.
 
         Raises:
+            saved.CacheMismatch: the model was changed since (weights, an adapter), or several have written to the cache that
+                are not the same.
             ValueError: there is nothing in it, or it is not known which model made it.
             OSError: there is no room, or the folder can't be written to. The old file is as it was.
         """
@@ -123,7 +126,7 @@ class LongCache(DynamicCache):
         from .options import llama_models
 
         inner = self._maker.model if model is None else llama_models(model)[0]
-        if inner is None:
+        if inner is None or (model is None and self._maker.gone):
             raise ValueError("model: expected the model that made the cache: none has written to it, or it is gone")
         saved.save(self, path, inner)
 
@@ -145,9 +148,23 @@ class LongCache(DynamicCache):
         return saved.load(path, model, mapped=mapped)
 
     def _made_by(self, model: Any) -> None:
-        """A `LlamaModel` writes to it."""
-        if self._maker.model is not model:
-            self._maker = Maker(model)
+        """A `LlamaModel` has written to it."""
+        self._maker.wrote(model, self.get_seq_length())
+
+    def _check_layers(self, n: int) -> None:
+        """A model of n layers is about to write to it.
+
+        Raises:
+            ValueError: tokens in more layers, whose others would stay behind.
+        """
+        more = [i for i, layer in enumerate(self.layers) if i >= n and layer.get_seq_length()]
+        maker = self._maker.model
+        # The same model with fewer layers for a while: who drafts tokens that way knows what it does.
+        if more and (maker is None or maker.config.num_hidden_layers != n):
+            raise ValueError(
+                f"past_key_values: expected a cache of {n} layers, as the model has, got {len(self.layers)} with "
+                f"{self.get_seq_length()} tokens: another model made it"
+            )
 
     def _note(self, ids: Tensor | None, at: int) -> None:
         """The tokens from `at` on are these, `[batch, n]`; None: it is not known which."""
@@ -173,10 +190,13 @@ class LongCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self._seen.truncate(0)
+        self._maker = Maker()
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)
         self._seen.truncate(self.get_seq_length())
+        if not self.get_seq_length():
+            self._maker = Maker()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -200,6 +220,9 @@ def cache_layers(
 
     Args:
         windows: of each layer, how many keys a query sees; None: all before it.
+
+    Raises:
+        ValueError: a `LongCache` with tokens in more layers than the model has.
     """
     from .window import SlidingLayer
 
@@ -209,6 +232,8 @@ def cache_layers(
     if getattr(cache, "offloading", False):
         return "the cache is offloaded"
     layers = cache.layers
+    if isinstance(cache, LongCache):
+        cache._check_layers(n_layers)
     for layer, width in zip(layers, windows, strict=False):
         if type(layer) is PagedLayer:
             continue

@@ -258,24 +258,28 @@ def _short(value: Any) -> str:
 def _modules(model: Any) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, module in model.named_modules():
-        kind = type(module)
-        where = f"{kind.__module__}.{kind.__qualname__}"
-        attributes = vars(module)
-        if where.startswith(_OF_TORCH):
-            found = {key: x for key, x in attributes.items() if key not in _TRAINING and not key.startswith("_")}
-        elif where.startswith(STOCK):
-            found = {key: attributes[key] for key in _ATTRIBUTES if key in attributes}
-        else:
-            found = {
-                key: value for key, value in attributes.items() if key != "training" and not key.startswith("_llama1m")
-            }
-        words = {
-            key: value for key, value in ((key, _plain(value)) for key, value in found.items()) if value is not None
-        }
+        where, words = _words(module)
         digest.update(f"{name} {where} {json.dumps(words, sort_keys=True)}\n".encode())
         for around in _around(name, module):
             digest.update(f"{name} {around}\n".encode())
     return digest.hexdigest()
+
+
+def _words(module: Any) -> tuple[str, dict[str, Any]]:
+    """A module's class, and its attributes that decide what it computes."""
+    kind = type(module)
+    where = f"{kind.__module__}.{kind.__qualname__}"
+    attributes = vars(module)
+    if where.startswith(_OF_TORCH):
+        found = {key: x for key, x in attributes.items() if key not in _TRAINING and not key.startswith("_")}
+    elif where.startswith(STOCK):
+        found = {key: attributes[key] for key in _ATTRIBUTES if key in attributes}
+    else:
+        found = {
+            key: value for key, value in attributes.items() if key != "training" and not key.startswith("_llama1m")
+        }
+    words = ((key, _plain(value)) for key, value in found.items())
+    return where, {key: value for key, value in words if value is not None}
 
 
 def _around(name: str, module: Any) -> Iterator[str]:
@@ -314,3 +318,85 @@ def _plain(value: Any) -> Any:
             str(key): _plain(each) for key, each in value.items() if isinstance(each, (*_PLAIN, list, tuple, dict, set))
         }
     return None
+
+
+# -- whether a model is still what it was ------------------------------------------------------------------------------
+
+_Look = dict[str, tuple[Any, ...]]
+
+
+class Trace:
+    """What a model was at some moment, without reading its weights: that nobody wrote to them since by torch's means, or
+    put others in their place; and its modules, adapters and rotation. Weights that hooks bring for each call are left
+    out, and so is what is written behind torch's back (`.data`): only `identity` sees that.
+
+    Args:
+        model: a `LlamaModel`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._rest = _look(model, _beside(model))
+        self._layers = [_look(model, [(f"layers.{i}", layer)]) for i, layer in enumerate(model.layers)]
+
+    def change(self, model: Any) -> str | None:
+        """In words, the first thing that is not as it was; None: there is none."""
+        if len(model.layers) != len(self._layers):
+            return f"it had {len(self._layers)} layers, and has {len(model.layers)}"
+        for i in range(len(self._layers)):
+            found = self.change_of_layer(model, i)
+            if found:
+                return found
+        now = _look(model, _beside(model))
+        before, self._rest = self._rest, now
+        return _changed(before, now)
+
+    def change_of_layer(self, model: Any, i: int) -> str | None:
+        """Likewise, of one layer alone; they are counted around."""
+        if not self._layers:
+            return None
+        i %= len(self._layers)
+        if i >= len(model.layers):
+            return f"it had {len(self._layers)} layers, and has {len(model.layers)}"
+        now = _look(model, [(f"layers.{i}", model.layers[i])])
+        before, self._layers[i] = self._layers[i], now
+        return _changed(before, now)
+
+
+def _beside(model: Any) -> list[tuple[str, Any]]:
+    """The parts of a model beside its layers that keys and values depend on."""
+    return [(name, part) for name, part in model.named_children() if name not in ("layers", "norm")]
+
+
+def _look(model: Any, tops: list[tuple[str, Any]]) -> _Look:
+    found: _Look = {}
+    for at, top in tops:
+        for inner, module in top.named_modules():
+            name = f"{at}.{inner}" if inner else at
+            where, words = _words(module)
+            held = [*module._parameters.items(), *module._buffers.items()]
+            if not where.startswith(STOCK):
+                held += weights._loose(module)
+            found[name] = (where, words, list(_around(name, module)))
+            for key, weight in held:
+                moves = "inv_freq" in key and _depends_on_length({"rope_type": getattr(module, "rope_type", "")})
+                if weight is not None and weight.device.type != "meta" and not moves:
+                    for part, tensor in weights.tensors(module, key, weight):
+                        found[f"{name}.{part}"] = (*_state(tensor), tensor.device)
+    return found
+
+
+def _changed(before: _Look, now: _Look) -> str | None:
+    if before == now:
+        return None
+    for name in {**before, **now}:
+        a, b = before.get(name), now.get(name)
+        # To another device the same tensor goes with other memory.
+        same = a is not None and b is not None and len(a) == len(b) == 7 and a[6] != b[6] and _but(a) == _but(b)
+        if a != b and not same:
+            return name
+    return None
+
+
+def _but(state: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of a tensor's state, what stays when it goes to another device."""
+    return (state[0], *state[2:5])

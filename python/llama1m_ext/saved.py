@@ -115,6 +115,7 @@ def save(cache: Any, path: str | os.PathLike[str], model: Any) -> None:
 
     Raises:
         TypeError: no Llama of transformers inside the model.
+        CacheMismatch: the model is not what it was when it made the cache, or not the only one that did.
         ValueError: there is nothing in the cache, or it is not one that this package keeps.
         OSError: there is no room, or the folder can't be written to. The old file is as it was.
     """
@@ -137,7 +138,7 @@ def save(cache: Any, path: str | os.PathLike[str], model: Any) -> None:
     body: dict[str, Any] = {
         "version": VERSION,
         "length": lengths.pop(),
-        "model": identity(inner).as_dict(),
+        "model": _maker_of(cache, inner).as_dict(),
         "layers": [],
     }
     for i, layer in enumerate(layers):
@@ -269,6 +270,27 @@ def verify(path: str | os.PathLike[str], step: Callable[[int], object] = int) ->
     if found.has_ids:
         _ids(source, spans["tokens"], (found.batch, found.tokens))
     return found
+
+
+def _maker_of(cache: Any, inner: Any) -> Identity:
+    """The identity of the model that made a cache, which this one is said to be.
+
+    Raises:
+        CacheMismatch: it is not.
+    """
+    mine, maker = identity(inner), getattr(cache, "_maker", None)
+    if maker is None:
+        return mine
+    if maker.mixed is not None:
+        raise CacheMismatch(f"cache: expected keys and values of one model, but {maker.mixed}")
+    change = maker.changed()
+    if change is not None:
+        raise CacheMismatch(f"model: expected it as it was when it made the keys and values, but this is not: {change}")
+    for other in maker.others(inner):
+        difference = identity(other).difference(mine)
+        if difference:
+            raise CacheMismatch(f"model: expected the one that made all keys and values: {'; '.join(difference)}")
+    return mine
 
 
 def _paged(layer: Any) -> PagedLayer:

@@ -1,9 +1,6 @@
-"""What a cache's keys and values were made of: which token ids, and which model."""
+"""Which token ids a cache's keys and values were made of."""
 
 from __future__ import annotations
-
-import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,20 +56,3 @@ class Seen:
         if len(self._parts) > 1:
             self._parts = [torch.cat(self._parts, 1)]
         return self._parts[0]
-
-
-class Maker:
-    """The model that made a cache, as long as somebody else keeps it. Copies are itself; pickled, it is forgotten."""
-
-    def __init__(self, model: Any = None) -> None:
-        self._model = None if model is None else weakref.ref(model)
-
-    @property
-    def model(self) -> Any:
-        return None if self._model is None else self._model()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Maker:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Maker, ()
