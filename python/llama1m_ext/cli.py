@@ -172,7 +172,8 @@ def plan(
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Before a long prompt: bytes by part, what fits where, what "auto" will choose, how long it may take."""
+    """Before a long prompt: bytes by part, what fits where, what "auto" will choose, how long it may take. Ends with 1 where
+    it does not fit."""
     from llama1m_ext import plan as make
 
     try:
@@ -194,6 +195,7 @@ def plan(
         raise typer.BadParameter(str(error)) from None
     typer.echo(str(made))
     _write_json(json_file, made.to_dict())
+    raise typer.Exit(0 if made.fits else 1)
 
 
 @app.command()

@@ -82,7 +82,8 @@ class Plan:
         peak: the worst moment, weights included.
         phases: every moment that was reckoned, the worst first.
         formats: all formats side by side.
-        speed: estimates from this machine's measured rates, or None.
+        speed: estimates from rates, measured or given, or None.
+        ways: where it does not fit, the cheapest ways out, in words.
     """
 
     model: str
@@ -98,6 +99,7 @@ class Plan:
     phases: tuple[Peak, ...]
     formats: tuple[Format, ...]
     speed: Speed | None
+    ways: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in what JSON can hold. Bytes are ints, times seconds."""
@@ -184,6 +186,14 @@ def plan(
     else:
         choice = plan_choice.choose_on_gpu(shape, work, limit, here, kv, offload, pages, used)
     storage = choice.storage
+    ways: tuple[str, ...] = ()
+    if not choice.fits and limit is not None:
+        try:
+            plan_choice.check(shape, work, storage, limit, used, offload)
+            if pages is not None and storage.offload is None:
+                plan_choice.check_pages(shape, work, storage, pages)
+        except plan_choice.DoesNotFit as error:
+            ways = error.ways
     formats = []
     for each in plan_bytes.SIDE_BY_SIDE:
         worst = plan_bytes.peak(shape, work, plan_bytes.Storage(each))
@@ -211,6 +221,7 @@ def plan(
         phases=tuple(moments),
         formats=tuple(formats),
         speed=speed,
+        ways=ways,
     )
 
 
@@ -267,7 +278,8 @@ def _lines(p: Plan) -> list[str]:
         )
     lines += ["", f'kv="{p.kv}", offload={p.offload and chr(34) + p.offload + chr(34)}, chunk={p.work.chunk}: {p.why}.']
     if not p.fits:
-        lines.append("It does not fit that way: a prefill would stop with an error before its first token.")
+        lines.append("It does not fit that way: a prefill would stop with an error before its first token. Ways out:")
+        lines += [f"  - {way}" for way in p.ways] or ["  - none: not even the weights' own work fits"]
     flops = p.work.batch * (p.shape.attention_flops(p.work.tokens) + p.shape.linear_flops(p.work.tokens))
     share = p.work.batch * p.shape.attention_flops(p.work.tokens) / flops
     lines.append(f"The prefill is {flops:.1e} floating-point operations, {share:.0%} of them attention.")

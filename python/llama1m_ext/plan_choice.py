@@ -131,7 +131,8 @@ def choose_on_gpu(
     kv_memory: int | None = None,
     used: int = 0,
 ) -> Choice:
-    """As `choose`, for a card with a host behind it, which is the nearest other place.
+    """As `choose`, for a card with a host behind it, which is the nearest other place. Where pages go there, "auto" is the
+    format with the fewest bytes on the host.
 
     Args:
         gpu, host: bytes of memory that there are, the host's for pages alone; None: nobody knows, and everything fits.
@@ -140,20 +141,29 @@ def choose_on_gpu(
         found = choose(shape, work, gpu, kv, None, kv_memory, used)
         if found.fits or offload is None:
             return found
+        behind: dict[str, tuple[int, Choice]] = {}
         for name in LADDER if kv == "auto" else (kv,):
             storage = Storage(name, "host")
             pages = _pages(shape, work, storage, gpu, kv_memory, used)
             storage = dataclasses.replace(storage, kv_memory=pages)
-            worst = peak(shape, work, storage)
-            behind = parts(shape, work, storage).file
-            if (gpu is None or (worst.bytes - used) <= gpu) and (host is None or behind <= host):
-                limit = (
-                    "kv_memory is less than the pages of any format"
-                    if found.peak.bytes - used <= (gpu or 0)
-                    else ("no format fits on the GPU")
-                )
-                why = f"{limit}: {gib(behind)} of the pages live on the host, as {name}"
-                return Choice(storage, worst, True, why)
+            worst, far = peak(shape, work, storage), parts(shape, work, storage).file
+            if (gpu is None or (worst.bytes - used) <= gpu) and (host is None or far <= host):
+                behind[name] = far, Choice(storage, worst, True, "")
+        if behind:
+            # All of it comes to the GPU for each decoded token: the fewest bytes, not the first format that fits.
+            name = min(behind, key=lambda name: behind[name][0])
+            far, choice = behind[name]
+            limit = (
+                "kv_memory is less than the pages of any format"
+                if found.peak.bytes - used <= (gpu or 0)
+                else "no format fits on the GPU"
+            )
+            others = [f"{gib(n)} as {other}" for other, (n, _) in behind.items() if other != name]
+            beside = f" (it would be {', '.join(others)})" if others else ""
+            why = (
+                f"{limit}: {gib(far)} of the pages live on the host, as {name}, and come for each decoded token{beside}"
+            )
+            return dataclasses.replace(choice, why=why)
         if offload == "host":
             return found
     return choose(shape, work, gpu, kv, offload, kv_memory, used)

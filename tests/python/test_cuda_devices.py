@@ -444,7 +444,8 @@ def test_what_a_gpu_has_no_room_for_goes_to_the_host_and_then_to_the_disk():
 
     assert chosen(2 * whole, 0) == ("model", None, True)
     assert chosen(int(1.06 * small), 0) == ("int4", None, True)
-    assert chosen(int(0.99 * small), pages) == ("model", "host", True)
+    assert chosen(int(0.99 * small), pages) == ("int4", "host", True)
+    assert chosen(int(0.99 * small), pages, kv="model") == ("model", "host", True)
     assert chosen(int(0.99 * small), pages // 2)[1:] == ("host", True)
     assert chosen(int(0.99 * small), 0)[:2] == ("int4", "disk")
     assert chosen(2 * whole, pages, offload="disk")[1] == "disk"

@@ -121,12 +121,17 @@ def test_another_kind_of_model_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("gpu", "kv", "offload"),
-    [("80GiB", "int4", None), ("141GiB", "int8", None), ("192GiB", "model", None), ("48GiB", "model", "host")],
+    [("80GiB", "int4", None), ("141GiB", "int8", None), ("192GiB", "model", None), ("48GiB", "int4", "host")],
 )
 def test_the_card_on_gpus(gpu, kv, offload):
     p = card(gpu=gpu)
     assert (p.kv, p.offload, p.fits) == (kv, offload, True)
     assert "arithmetic" in str(p)
+    assert ("come for each decoded token" in p.why) == (offload == "host")
+    if offload == "host":
+        others = [card(gpu=gpu, kv=other).parts.file for other in LADDER if other != kv]
+        assert 0 < p.parts.file < min(others)
+        assert f"{p.parts.file / GIB:.1f} GiB of the pages live on the host" in str(p)
 
 
 @pytest.mark.parametrize(
@@ -342,6 +347,24 @@ def test_the_command(tmp_path):
     assert made["kv"] == "int4"
     assert made["parts"]["hidden"] == 8 * GIB
     assert made["speed"] is None
+
+
+@pytest.mark.parametrize(
+    "words", [("--host", "16GiB"), ("--host", "256GiB", "--kv-memory", "1GiB", "--offload", "none"), ("--gpu", "17GiB")]
+)
+def test_the_command_says_what_does_not_fit_and_the_ways_out(tmp_path, words):
+    file = tmp_path / "plan.json"
+    answer = call(CARD, "--tokens", "1048576", "--json", str(file), *words)
+    assert answer.exit_code == 1, answer.output
+    made = json.loads(file.read_text())
+    assert made["fits"] is False
+    assert "does not fit" in answer.stdout
+    for way in made["ways"]:
+        assert way in answer.stdout
+    if "--kv-memory" in words:
+        assert any("kv_memory=" in way for way in made["ways"])
+    if "16GiB" not in words and "17GiB" not in words:
+        assert made["ways"]
 
 
 def test_estimates_follow_from_measured_rates():
