@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _core, saved, tensorfile
+from . import _core, tensorfile
 from .call import DTYPES, Call
 from .dense import Kind, loaded
 from .fingerprint import fingerprint
@@ -36,6 +36,7 @@ from .formats import GROUP, OF_DTYPE
 from .memory import GPU_MAX_CHUNK
 from .page_list import ROUND, spare
 from .placement import device_of
+from .saved_file import StoredLayer, stored_pages
 from .sealed import SINK, TAIL, SealedList
 from .stored import CacheDamaged, PageSource, StoredPage, as_bytes, checksum
 
@@ -185,7 +186,7 @@ class Checkpoint:
             )
         # As a saved cache of one layer.
         named = {f"0.{name}": entry for name, entry in spans.items()}
-        pages = saved.stored_pages(source, named, [saved.StoredLayer(sizes, layer.format, kind)])[0]
+        pages = stored_pages(source, named, [StoredLayer(sizes, layer.format, kind)])[0]
         compact = (_codes(layer.format.k), _codes(layer.format.v))
         for page in pages:
             if (page.dtypes.get("k.codes"), page.dtypes.get("v.codes")) not in ((None, None), compact):

@@ -169,6 +169,12 @@ def plan(
     chunk: Annotated[str, typer.Option(help="Queries at a time: auto, or a number.")] = "auto",
     gpu: Annotated[str | None, typer.Option(help="One GPU's memory: 80GiB. By arithmetic.")] = None,
     host: Annotated[str | None, typer.Option(help="Main memory: 256GiB. Default: what is free now.")] = None,
+    gpu_tflops: Annotated[
+        float | None, typer.Option(help="What the GPU reaches in matrix products, for times. Default: no times.")
+    ] = None,
+    gpu_bandwidth: Annotated[
+        str | None, typer.Option(help="Bytes that it reads in a second: 3350GB. Default: no times.")
+    ] = None,
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -190,6 +196,8 @@ def plan(
             gpu=gpu,
             host=host,
             threads=threads,
+            gpu_flops=None if gpu_tflops is None else gpu_tflops * 1e12,
+            gpu_read=gpu_bandwidth,
         )
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
@@ -243,18 +251,18 @@ def cache_info(
     file: CacheFile, as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False
 ) -> None:
     """What a saved cache is: tokens, format, the model it belongs to. Reads the header only."""
-    from llama1m_ext import saved
+    from llama1m_ext import saved_file
 
-    facts = _of_file(saved.info, file)
+    facts = _of_file(saved_file.info, file)
     typer.echo(json.dumps(facts.as_dict(), indent=2) if as_json else facts.render())
 
 
 @cache.command("verify")
 def cache_verify(file: CacheFile) -> None:
     """Read all of a saved cache and compare its checksums. Ends with 1 if it is damaged."""
-    from llama1m_ext import saved
+    from llama1m_ext import saved_file
 
-    facts = _of_file(saved.verified_with_bar, file)
+    facts = _of_file(saved_file.verified_with_bar, file)
     typer.echo(f"{file}: {facts.nbytes} bytes, {facts.pages} pages: as they were written")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .plan_bytes import Parts, Peak, Work
     from .plan_shape import Shape
-    from .plan_speed import Speed
+    from .plan_speed import Machine, Speed
 
 _NAMES = {
     "weights": "weights",
@@ -124,6 +124,8 @@ def plan(
     host: int | str | None = None,
     threads: int | None = None,
     measure: bool = True,
+    gpu_flops: float | None = None,
+    gpu_read: int | str | None = None,
 ) -> Plan:
     """What a prompt of a Llama will take, without running it, and what "auto" will choose for it.
 
@@ -139,7 +141,9 @@ def plan(
             on the model's GPUs, where it is on any.
         host: bytes of main memory, likewise; None: what is free now.
         threads: of the kernels; None: as torch has it.
-        measure: measure this machine for half a second, to estimate times.
+        measure: measure this machine for half a second, or the model's GPU, to estimate times.
+        gpu_flops, gpu_read: FLOP/s of matrix products and bytes/s ("3350GB") of memory that a GPU reaches, for estimates
+            by arithmetic: both or none. None: no estimate for a GPU that is not there.
 
     Raises:
         ValueError, TypeError: an argument that makes no sense, or no Llama; the message names it.
@@ -176,6 +180,9 @@ def plan(
         if found is not None:
             memory.insert(0, Memory("gpu", found, False))
     limit, on_gpu = memory[0].bytes, memory[0].where == "gpu"
+    rates = _rates(gpu_flops, gpu_read)
+    if rates is not None and not on_gpu:
+        raise ValueError("gpu_flops, gpu_read: expected a GPU, but the plan is for none: gpu=")
     # What is free now has no room for weights that are loaded already, and needs none.
     used = shape.resident_bytes if loaded and not memory[0].given else 0
     work = plan_bytes.Work(tokens, new=new_tokens, batch=batch, threads=threads, gpu=on_gpu)
@@ -203,10 +210,15 @@ def plan(
         formats.append(Format(each, size, all_of_it, worst.bytes, fits))
     counted = storage if storage.kv_memory is not None else plan_bytes.Storage(storage.kv)
     moments = plan_bytes.peaks(shape, work, counted)
+    machine = rates
+    if machine is None and measure and not on_gpu:
+        machine = plan_speed.measure(shape, threads)
+    elif machine is None and measure and not memory[0].given and (limit or 0) >= plan_speed.GPU_ROOM:
+        machine = plan_speed.measure_gpu(shape, min(_gpus_of(model_or_config), key=str))
     speed = None
-    if measure and not on_gpu:
+    if machine is not None:
         in_all = plan_bytes.kv_bytes(shape, storage.kv, tokens + new_tokens, batch)
-        speed = plan_speed.estimate(shape, plan_speed.measure(shape, threads), tokens, batch, in_all)
+        speed = plan_speed.estimate(shape, machine, tokens, batch, in_all)
     return Plan(
         model=name,
         shape=shape,
@@ -229,9 +241,33 @@ def _free_on_gpus(model: Any) -> int | None:
     """What is free on all GPUs that a model is on, together; None: it is on none."""
     from .memory import free_bytes
 
-    root: Any = model if hasattr(model, "parameters") else getattr(model, "model", None)
-    gpus = {p.device for p in root.parameters() if p.device.type == "cuda"} if hasattr(root, "parameters") else set()
+    gpus = _gpus_of(model)
     return sum(free_bytes(device) or 0 for device in gpus) if gpus else None
+
+
+def _gpus_of(model: Any) -> set[Any]:
+    root: Any = model if hasattr(model, "parameters") else getattr(model, "model", None)
+    return {p.device for p in root.parameters() if p.device.type == "cuda"} if hasattr(root, "parameters") else set()
+
+
+def _rates(flops: Any, read: Any) -> Machine | None:
+    """What somebody says of a GPU.
+
+    Raises:
+        ValueError, TypeError: no rate, or one of the two alone.
+    """
+    from .options import parse_bytes
+    from .plan_speed import Machine
+
+    if flops is None and read is None:
+        return None
+    if flops is None or read is None:
+        raise ValueError(f"gpu_flops, gpu_read: expected both or none, got {flops!r} and {read!r}")
+    if isinstance(flops, bool) or not isinstance(flops, (int, float)):
+        raise TypeError(f"gpu_flops: expected a number, got {flops!r}")
+    if not 0 < flops < float("inf"):
+        raise ValueError(f"gpu_flops: expected a number above 0, got {flops!r}")
+    return Machine(0, float(flops), float(flops), float(parse_bytes("gpu_read", read)), "gpu", True)
 
 
 def _chunk(shape: Shape, batch: int, limit: int | None, gpu: bool) -> int:
@@ -285,11 +321,14 @@ def _lines(p: Plan) -> list[str]:
     lines.append(f"The prefill is {flops:.1e} floating-point operations, {share:.0%} of them attention.")
     if p.speed is not None:
         m, s = p.speed.machine, p.speed
-        lines.append(
-            f"Estimates for this machine ({m.threads} threads; measured: {m.flops / 1e9:.0f} GFLOP/s in registers, "
-            f"{m.matmul / 1e9:.0f} in matrix products, {m.read / 2**30:.0f} GiB/s of reading):"
-        )
-        disk = f", without reading {gib(p.parts.file)} from the disk for each" if p.parts.file else ""
+        where = f"this machine ({m.threads} threads; measured: {m.flops / 1e9:.0f} GFLOP/s in registers"
+        if m.where == "gpu":
+            how = "given" if m.given else "measured"
+            where = f"the GPU ({how}: {m.flops / 1e12:.1f} TFLOP/s{'' if m.given else ' of attention'}"
+        more = "" if m.given else f", {m.matmul / 1e9:.0f} GFLOP/s in matrix products"
+        lines.append(f"Estimates for {where}{more}, {m.read / 2**30:.0f} GiB/s of reading):")
+        place = "the disk" if p.offload == "disk" else "the host"
+        disk = f", without bringing {gib(p.parts.file)} from {place} for each" if p.parts.file else ""
         lines.append(
             f"  prefill about {_seconds(s.prefill_seconds)}, a decoded token about {_seconds(s.token_seconds)}{disk}"
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
+import stat
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
@@ -130,9 +132,17 @@ class PageSource:
         """Opens a file for reading.
 
         Raises:
-            OSError: it can't be.
+            OSError: it can't be, or is no file: a pipe, for one, which might never say anything.
         """
-        return cls(os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)), os.fspath(path), mapped=mapped)
+        # Without O_NONBLOCK opening a pipe waits for somebody who writes to it. Of files it changes nothing.
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            os.close(fd)
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", os.fspath(path))
+            raise OSError(errno.EINVAL, "expected a file, got a pipe or a device", os.fspath(path))
+        return cls(fd, os.fspath(path), mapped=mapped)
 
     def state(self, end: int) -> tuple[int, int]:
         """Something that changes when the file does.

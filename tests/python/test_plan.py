@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import re
+import sys
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import llama1m_ext
-from llama1m_ext import DoesNotFit, LongCache, plan, plan_call, plan_choice, set_options
+from llama1m_ext import DoesNotFit, LongCache, memory, plan, plan_call, plan_choice, plan_speed, set_options
 from llama1m_ext.cli import app
 from llama1m_ext.plan_bytes import LADDER, Storage, Work, kv_bytes, layer_bytes, parts, peak
 from llama1m_ext.plan_shape import PRESETS, shape_of
 from llama1m_ext.testing import random_ids, tiny_config, tiny_model
 
+plan_module = sys.modules["llama1m_ext.plan"]
 CARD = "gradientai/Llama-3-8B-Instruct-Gradient-1048k"
 GIB = 1 << 30
 MILLION = 1 << 20
@@ -380,10 +382,51 @@ def test_estimates_follow_from_measured_rates():
     assert json.loads(json.dumps(p.to_dict()))["speed"]["prefill_seconds"] == s.prefill_seconds
 
 
+def test_estimates_for_a_gpu_that_is_described(tmp_path):
+    p = card(gpu="80GiB", gpu_flops=400e12, gpu_read="2000GB")
+    m, s = p.speed.machine, p.speed
+    assert (m.where, m.given, m.matmul, m.read) == ("gpu", True, 400e12, 2000e9)
+    work = p.shape.attention_flops(MILLION) / 0.85 + p.shape.linear_flops(MILLION)
+    assert s.prefill_seconds == pytest.approx(work / 400e12)
+    pages = kv_bytes(p.shape, "int4", MILLION + 256)
+    assert s.token_seconds == pytest.approx((p.shape.read_bytes + pages) / (0.8 * 2000e9))
+    assert "Estimates for the GPU (given: 400.0 TFLOP/s, 1863 GiB/s of reading)" in str(p)
+    small = card(gpu="48GiB", gpu_flops=400e12, gpu_read="2000GB")
+    assert f"without bringing {plan_choice.gib(small.parts.file)} from the host for each" in str(small)
+    answer = call(CARD, "--tokens", "1048576", "--gpu", "80GiB", "--gpu-tflops", "400", "--gpu-bandwidth", "2000GB")
+    assert answer.exit_code == 0
+    assert str(p).splitlines()[-2:] == answer.stdout.splitlines()[-2:]
+
+
+def test_estimates_for_a_gpu_that_is_there(monkeypatch):
+    """What is timed there, timed here; and that a model's own GPU is asked."""
+    m = plan_speed.measure_gpu(shape_of(tiny_config(hidden_size=64))[1], torch.device("cpu"), 16, 256, 16, 1 << 20)
+    assert m.where == "gpu"
+    assert not m.given
+    assert min(m.flops, m.matmul, m.read) > 1e5
+    assert m.attention == m.flops
+    asked = []
+    monkeypatch.setattr(plan_module, "_gpus_of", lambda model: {torch.device("cuda", 1), torch.device("cuda", 0)})
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 80 * GIB)
+    monkeypatch.setattr(plan_speed, "measure_gpu", lambda shape, device: asked.append(device) or m)
+    model = tiny_model()
+    p = plan(model, 4096)
+    assert asked == [torch.device("cuda", 0)]
+    assert p.memory[0].bytes == 160 * GIB
+    assert p.speed.machine == m
+    assert "Estimates for the GPU (measured: " in str(p)
+    assert plan(model, 4096, measure=False).speed is None
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         (("--tokens", "0"), "--tokens"),
+        (("--tokens", "10", "--gpu", "1GiB", "--gpu-tflops", "3"), "both or none"),
+        (("--tokens", "10", "--gpu", "1GiB", "--gpu-tflops", "-3", "--gpu-bandwidth", "1GB"), "gpu_flops"),
+        (("--tokens", "10", "--gpu", "1GiB", "--gpu-tflops", "nan", "--gpu-bandwidth", "1GB"), "gpu_flops"),
+        (("--tokens", "10", "--gpu", "1GiB", "--gpu-tflops", "3", "--gpu-bandwidth", "fast"), "fast"),
+        (("--tokens", "10", "--gpu-tflops", "3", "--gpu-bandwidth", "1GB"), "for none"),
         (("--tokens", "10", "--kv", "int3"), "int3"),
         (("--tokens", "10", "--gpu", "many"), "many"),
         (("--tokens", "10", "--offload", "moon"), "moon"),

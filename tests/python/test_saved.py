@@ -489,3 +489,32 @@ def test_files_that_are_no_caches(tmp_path):
             assert answer.exit_code == 1
             assert words in answer.output
             assert str(path) in answer.output
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, command):
+    """Opening a pipe that nobody writes to would never end."""
+    os.mkfifo(tmp_path / "pipe")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        answer = call("cache", command, path)
+        assert answer.exit_code == 1
+        assert "expected a file" in answer.output
+        assert str(path) in answer.output
+    with pytest.raises(OSError, match="pipe"):
+        LongCache.load(tmp_path / "pipe", testing.tiny_model())
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_info_does_not_wait_for_transformers(run_python, tmp_path):
+    filled(testing.tiny_model()).save(tmp_path / "f")
+    script = """
+import os, sys
+from typer.testing import CliRunner
+from llama1m_ext.cli import app
+for command in ("info", "verify"):
+    answer = CliRunner().invoke(app, ["cache", command, os.environ["FILE"]])
+    assert answer.exit_code == 0, answer.output
+print("transformers" in sys.modules)
+"""
+    assert run_python(script, FILE=str(tmp_path / "f")).split() == ["False"]
