@@ -495,6 +495,7 @@ def test_files_that_are_no_caches(tmp_path):
 def test_what_is_no_file_is_not_waited_for(tmp_path, command):
     """Opening a pipe that nobody writes to would never end."""
     os.mkfifo(tmp_path / "pipe")
+    call("cache", command, tmp_path / "none")  # which loads what it needs
     descriptors = len(os.listdir("/proc/self/fd"))
     for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
         answer = call("cache", command, path)
@@ -507,7 +508,8 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, command):
 
 
 def test_info_does_not_wait_for_transformers(run_python, tmp_path):
-    filled(testing.tiny_model()).save(tmp_path / "f")
+    model = testing.tiny_model()
+    filled(model).save(tmp_path / "f")
     script = """
 import os, sys
 from typer.testing import CliRunner
