@@ -64,6 +64,20 @@ def test_the_demo_model_finds_its_needles(mode):
     assert all(cell.samples == 2 for cell in report.cells)
 
 
+@pytest.mark.parametrize("kv", ["int8", "int8/int4"])
+def test_over_a_compact_cache(kv):
+    """Which is cut back after every question, too."""
+    model, tokenizer = demo()
+    given = {"lengths": 1200, "depths": 6, "kind": "sentence", "progress": False}
+    llama1m_ext.set_options(model, kv=kv)
+    try:
+        before = llama1m_ext.stats(model).computed
+        assert needle(model, tokenizer, **given).accuracy() == 1.0
+        assert llama1m_ext.stats(model).computed - before < 1200 + 6 * 60
+    finally:
+        llama1m_ext.set_options(model, kv="auto")
+
+
 def test_generating_says_the_same():
     model, tokenizer = demo()
     given = {"lengths": 700, "depths": 3, "progress": False, "generate": True}

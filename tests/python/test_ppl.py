@@ -36,13 +36,20 @@ def test_it_is_that_of_whole_logits_in_float64(monkeypatch):
         truth = nats(exact(model), ids)
         yardstick = nats(model, ids)
     llama1m_ext.set_options(model, chunk=64, min_layer_major_len=128)
+    rows = []
+    model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[-2]))
     found = perplexity(model, ids)
+    assert max(rows) == 50 and sum(rows) == 2 * 699, "logits of all positions are never there together"
     testing.assert_no_worse(found.per_token, yardstick.double(), truth, factor=2)
     assert llama1m_ext.stats(model).layer_major == 2
     assert not llama1m_ext.stats(model).stock
     assert found.tokens == 2 * 699
     assert found.nll == pytest.approx(found.per_token.mean().item(), rel=1e-12)
     assert found.perplexity == pytest.approx(math.exp(found.nll))
+
+
+def test_the_package_has_it_without_an_import_of_its_own(run_python):
+    run_python("import llama1m_ext; assert llama1m_ext.eval.ppl.edges_for(9) == [1, 9]")
 
 
 def test_a_float64_model_is_exact():

@@ -171,5 +171,4 @@ class Reader:
             except (RuntimeError, ValueError):  # a sliding window has forgotten what would be needed
                 self.forget()
                 return 0
-            self._ids = self._ids[:kept]
         return kept
