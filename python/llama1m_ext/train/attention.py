@@ -153,7 +153,8 @@ def _like(x: Tensor) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     group = q.shape[1] // k.shape[1]
-    if group > 1:
+    grouped = group > 1 and q.device.type == "cuda"  # whose kernels need no copies of k and v
+    if group > 1 and not grouped:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -91,8 +91,7 @@ def spread(trainee: Any, settings: Settings) -> Any:
 
     with torch.no_grad():
         for p in trainee.parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
+            p.data = p.data.float()
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, settings.dtype), reduce_dtype=torch.float32)
     for layer in trainee.layers:
         fully_shard(layer, mp_policy=policy)

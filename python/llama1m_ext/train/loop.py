@@ -164,6 +164,7 @@ class _Started:
     def __init__(self, out: Path, resume: bool, devices: Devices) -> None:
         self.out, self.resume, self.devices = out, resume, devices
         self._fd: int | None = None
+        self._made = False
 
     def __enter__(self) -> _Started:
         self.devices.each("opening the run's folder", self._open if self.devices.is_first else lambda: None)
@@ -180,6 +181,7 @@ class _Started:
             raise FileNotFoundError(
                 f"out: expected the folder of a run to go on with, got {self.out} without {RUN_FILE}"
             )
+        self._made = not self.out.exists()
         self.out.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         if tensorfile.lock(self._fd) is False:
@@ -195,7 +197,8 @@ class _Started:
             with contextlib.suppress(OSError):
                 if [p.name for p in self.out.iterdir()] == [".lock"]:  # it was refused before it began
                     (self.out / ".lock").unlink()
-                    self.out.rmdir()
+                    if self._made:
+                        self.out.rmdir()
 
 
 class _Trainer:

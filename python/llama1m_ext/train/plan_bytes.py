@@ -185,11 +185,17 @@ def peaks(shape: Shape, step: Step) -> list[Peak]:
         alive = {k: v for k, v in sorted({**always, **more}.items(), key=lambda x: -x[1]) if v}
         found.append(Peak(name, sum(alive.values()), alive))
 
+    # Gradients of an earlier pass are all there; in the only pass they come layer by layer, the embeddings' last.
     before = p.gradients if step.passes > 1 else 0
     one = p.kept // shape.layers
+    whole = step.trained is None or step.trained > shape.linear_elements
+    mine = 4 * shape.linear_elements // shape.layers // step.shards + embedding if whole else 0
+    table = embedding if whole else 0
     phase("the loss", kept=p.kept, head=p.head, gradients=before, gathered=unsharded)
     phase("the last layer's backward", kept=p.kept, layer=p.layer, gradients=before or head, gathered=unsharded)
-    phase("the first layer's backward", kept=one, layer=p.layer, gradients=p.gradients, gathered=unsharded)
+    later = before or max(0, p.gradients - mine)
+    phase("the first layer's backward", kept=one, layer=p.layer, gradients=later, gathered=unsharded)
+    phase("the embeddings' backward", gradients=before + table or p.gradients, gathered=unsharded)
     phase("the optimizer's step", gradients=p.gradients)
     return sorted(found, key=lambda x: -x.bytes)
 

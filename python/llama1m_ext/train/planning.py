@@ -242,7 +242,11 @@ def trained_elements(shape: Shape, settings: Settings) -> int | None:
         "up_proj": shape.hidden + shape.intermediate,
         "down_proj": shape.hidden + shape.intermediate,
     }
-    whole = {"embed_tokens": shape.vocab * shape.hidden, "lm_head": shape.vocab * shape.hidden, "norm": shape.hidden}
+    whole = {
+        "embed_tokens": shape.vocab * shape.hidden,
+        "lm_head": shape.vocab * shape.hidden,
+        "norm": (2 * shape.layers + 1) * shape.hidden,
+    }
     adapters = lora.rank * shape.layers * sum(sides.get(name, 0) for name in lora.targets)
     return adapters + sum(whole.get(name, 0) for name in lora.also)
 
