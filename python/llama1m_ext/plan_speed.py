@@ -129,7 +129,8 @@ def _best(run: Callable[[], object], seconds: float = 0.15, wait: Callable[[], o
     """
     run()
     wait()
-    end, found = time.perf_counter() + seconds, []
+    found: list[float] = []
+    end = time.perf_counter() + seconds
     while not found or time.perf_counter() < end:
         begin = time.perf_counter()
         run()
