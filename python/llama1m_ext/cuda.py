@@ -84,6 +84,8 @@ def _missing(index: int) -> str | None:
     devices = found["devices"]
     if index >= len(devices):
         return f"the driver knows {len(devices)} devices, there is none of number {index}"
+    if isinstance(devices[index], str):
+        return f"the driver says nothing of it: {devices[index]}"
     name, (major, minor), *_ = devices[index]
     if major < 8:
         return f"{name} is of compute capability {major}.{minor}, expected 8.0 or newer"

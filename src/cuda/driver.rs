@@ -95,7 +95,8 @@ pub struct Device {
     pub smem: i32,
     /// Bytes of memory.
     pub memory: usize,
-    context: sys::CUcontext,
+    number: sys::CUdevice,
+    context: OnceLock<Context>,
     functions: Mutex<HashMap<&'static str, Function>>,
 }
 
@@ -103,6 +104,15 @@ pub struct Device {
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
+
+/// A device's primary context: torch's, where torch has been there.
+#[derive(Debug, Clone, Copy)]
+struct Context(sys::CUcontext);
+
+// SAFETY: as of `Device`.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
 
 /// A kernel that is loaded on a device.
 #[derive(Debug, Clone, Copy)]
@@ -140,8 +150,6 @@ fn open(ordinal: i32) -> Result<Device> {
     // SAFETY: a device that the driver just named.
     let attribute =
         |a| unsafe { result::device::get_attribute(number, a) }.map_err(|e| said("cuDeviceGetAttribute", e));
-    // SAFETY: as above; the context is retained for good.
-    let context = unsafe { result::primary_ctx::retain(number) }.map_err(|e| said("cuDevicePrimaryCtxRetain", e))?;
     Ok(Device {
         ordinal,
         name: result::device::get_name(number).map_err(|e| said("cuDeviceGetName", e))?,
@@ -153,23 +161,37 @@ fn open(ordinal: i32) -> Result<Device> {
         smem: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         // SAFETY: as above.
         memory: unsafe { result::device::total_mem(number) }.map_err(|e| said("cuDeviceTotalMem", e))?,
-        context,
+        number,
+        context: OnceLock::new(),
         functions: Mutex::new(HashMap::new()),
     })
 }
 
 impl Device {
+    /// The primary context, retained for good when something is first done there: it takes hundreds of megabytes, and a card
+    /// that others have for themselves refuses it. Who only asks about a device needs none.
+    fn context(&self) -> Result<sys::CUcontext> {
+        if let Some(found) = self.context.get() {
+            return Ok(found.0);
+        }
+        // SAFETY: a device that the driver named.
+        let made = unsafe { result::primary_ctx::retain(self.number) }
+            .map_err(|e| said(&format!("cuDevicePrimaryCtxRetain of device {}, {}", self.ordinal, self.name), e))?;
+        Ok(self.context.get_or_init(|| Context(made)).0)
+    }
+
     /// Runs `work` with this device's context current, and puts back what was.
     ///
     /// # Errors
     /// What `work` returns, or the driver's.
     pub fn with<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let before = result::ctx::get_current().map_err(|e| said("cuCtxGetCurrent", e))?;
-        if before == Some(self.context) {
+        let context = self.context()?;
+        if before == Some(context) {
             return work();
         }
         // SAFETY: retained for good.
-        unsafe { result::ctx::set_current(self.context) }.map_err(|e| said("cuCtxSetCurrent", e))?;
+        unsafe { result::ctx::set_current(context) }.map_err(|e| said("cuCtxSetCurrent", e))?;
         let done = work();
         if let Some(before) = before {
             // SAFETY: it was current a moment ago.

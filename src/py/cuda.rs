@@ -3,7 +3,7 @@
 //! `llama1m_ext.cuda` is the caller; it gives outputs, workspaces and the stream. Nothing here waits for a device.
 
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict};
+use pyo3::types::{PyBytes, PyDict, PyList};
 
 use super::error::raise;
 use super::tensor::{self, Memory};
@@ -129,7 +129,8 @@ pub fn cuda_attention_workspace(
 pub fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);
     let of_driver = PyDict::new(py);
-    let mut devices = Vec::new();
+    // One entry for each number: what there is, or why it can't be told.
+    let devices = PyList::empty(py);
     match driver::driver() {
         Ok(d) => {
             of_driver.set_item("found", true)?;
@@ -138,8 +139,8 @@ pub fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
             of_driver.set_item("fake", d.fake)?;
             for ordinal in 0..d.devices {
                 match driver::device(ordinal) {
-                    Ok(d) => devices.push((d.name.clone(), d.capability, d.sms, d.memory)),
-                    Err(e) => of_driver.set_item("why", e.to_string())?,
+                    Ok(d) => devices.append((d.name.clone(), d.capability, d.sms, d.memory))?,
+                    Err(e) => devices.append(e.to_string())?,
                 }
             }
         }

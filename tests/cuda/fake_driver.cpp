@@ -3,7 +3,7 @@
 //
 // build.py links this with one object for each kernel file, which puts its entries into the table. Told by the environment:
 // LLAMA1M_FAKE_MODE eager (default), lazy or random: when asynchronous work is done; LLAMA1M_FAKE_SEED; LLAMA1M_FAKE_CAPABILITY
-// (default 9.0); LLAMA1M_FAKE_DEVICES (default 1).
+// (default 9.0); LLAMA1M_FAKE_DEVICES (default 1); LLAMA1M_FAKE_REFUSES: the number of a device that answers nothing.
 #define SHIM_IMPL
 #include "fake_driver.h"
 
@@ -18,7 +18,7 @@ std::vector<Entry>& entries() {
 
 namespace {
 
-enum Status { SUCCESS = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
+enum Status { SUCCESS = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NOT_FOUND = 500, NOT_PERMITTED = 800 };
 
 struct Module {
     std::string image;  // searched for names: a function is found only where the image has it
@@ -30,6 +30,7 @@ struct Function {
 
 constexpr int MAX_DEVICES = 8;
 char contexts[MAX_DEVICES];  // their addresses are the handles
+int retained[MAX_DEVICES];    // how often each was asked for
 thread_local void* current = nullptr;
 
 const char* from_environment(const char* name, const char* otherwise) {
@@ -101,7 +102,9 @@ API cuDeviceGetName(char* name, int length, int) {
     return std::snprintf(name, length, "fake driver, sm_%d", capability()), SUCCESS;
 }
 API cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = (size_t)80 << 30, SUCCESS; }
-API cuDeviceGetAttribute(int* value, int attribute, int) {
+API cuDeviceGetAttribute(int* value, int attribute, int device) {
+    if (device == std::atoi(from_environment("LLAMA1M_FAKE_REFUSES", "-1")))
+        return NOT_PERMITTED;
     switch (attribute) {
         case 16: *value = 132; break;               // multiprocessors
         case 75: *value = capability() / 10; break;  // major
@@ -114,8 +117,10 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
 API cuDevicePrimaryCtxRetain(void** context, int device) {
     if (device < 0 || device >= devices())
         return INVALID_DEVICE;
+    retained[device]++;
     return *context = &contexts[device], SUCCESS;
 }
+extern "C" __attribute__((visibility("default"))) int llama1m_fake_retained(int device) { return retained[device]; }
 API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 API cuCtxGetCurrent(void** context) { return *context = current, SUCCESS; }
 API cuCtxSetCurrent(void* context) { return current = context, SUCCESS; }

@@ -27,6 +27,31 @@ def test_machine_code_from_everywhere(over):  # noqa: F811
 
 
 @needs_compiler
+def test_asking_about_devices_takes_none_of_them(driver, run_python):  # noqa: F811
+    """A context is hundreds of megabytes on each card, and a card in exclusive mode refuses it: only what computes there has
+    one. And what one card won't say is not said of the next."""
+    said = run_python(
+        f"import ctypes; driver = ctypes.CDLL({str(driver)!r}, mode=ctypes.RTLD_GLOBAL)\n"
+        "import torch\n"
+        "from llama1m_ext import cuda\n"
+        "found = cuda.info()\n"
+        "first, *others = found['devices']\n"
+        "assert len(others) == 3 and all(capability == (9, 0) for _, capability, *_ in others), found\n"
+        "assert 'cuDeviceGetAttribute' in first, first\n"
+        "found['driver']['fake'] = False\n"
+        "cuda.info = lambda: found\n"
+        "print(cuda.missing(torch.device('cuda', 0)))\n"
+        "print(cuda.missing(torch.device('cuda', 4)))\n"
+        "print([driver.llama1m_fake_retained(i) for i in range(4)])\n",
+        LLAMA1M_FAKE_DEVICES="4",
+        LLAMA1M_FAKE_REFUSES="0",
+    ).splitlines()
+    assert said[0].startswith("the driver says nothing of it: ") and "cuDeviceGetAttribute" in said[0]
+    assert said[1] == "the driver knows 4 devices, there is none of number 4"
+    assert said[2] == "[0, 0, 0, 0]"
+
+
+@needs_compiler
 def test_a_stub_of_the_driver(tmp_path, run_python):
     """A libcuda.so.1 that lacks what we call: it is named, and nothing panics."""
     library = tmp_path / "libcuda.so.1"
