@@ -148,7 +148,8 @@ def _of_attention(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) ->
         grad_lse = None
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     if torch.is_grad_enabled():  # `create_graph=True`: who asks will differentiate these again
-        return *_differentiable(grad_out, grad_lse, q, k, v, *ctx.options, *places), *(None,) * 8
+        dq, of_k, of_v = _differentiable(grad_out, grad_lse, q, k, v, ctx.options, places)
+        return dq, of_k, of_v, *(None,) * 8
     dq, dk, dv = torch.ops.llama1m_ext.attention_backward(
         grad_out, q, k, v, out, lse, *ctx.options, *places, grad_lse, None
     )
@@ -161,19 +162,16 @@ def _differentiable(
     q: Tensor,
     k: Sequence[Tensor],
     v: Sequence[Tensor],
-    causal: bool,
-    softmax_scale: float | None,
-    q_start: int | None,
-    kv_start: Tensor | None,
-    kv_end: Tensor | None,
-    kv_len: int | None,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    options: tuple[bool, float | None, int | None],
+    places: tuple[Tensor | None, Tensor | None, int | None],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """What backward gives, as a graph of torch's own operations that has gradients in its turn (gradient penalties, Hessian
     products): attention by its formula, in float32, with all its weights in memory.
 
     Raises:
         ValueError: memory does not hold them.
     """
+    (causal, softmax_scale, q_start), (kv_start, kv_end, kv_len) = options, places
     held = sum(page.shape[2] for page in k)
     n, (batch, q_heads, q_len, head_dim) = held if kv_len is None else kv_len, q.shape
     need = 6 * 4 * batch * q_heads * q_len * n
@@ -209,7 +207,7 @@ def _differentiable(
         wanted = [t for t in (q, *k, *v) if t.requires_grad]
         given = iter(torch.autograd.grad(results, wanted, grads, create_graph=True, allow_unused=True))
     dq, *rest = (next(given) if t.requires_grad else None for t in (q, *k, *v))
-    return dq, rest[: len(k)], rest[len(k) :]  # type: ignore[return-value]
+    return dq, rest[: len(k)], rest[len(k) :]
 
 
 def _keep_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -509,6 +509,7 @@ def _rope_apply(
 # operator's schema has no optional results.
 
 
+# No defaults: torch 2.5 leaves out arguments that have their default, and counts gradients by what is left.
 @torch.library.custom_op("llama1m_ext::attention", mutates_args=(), device_types=_DEVICES)
 def _attention_op(
     q: Tensor,
@@ -521,7 +522,7 @@ def _attention_op(
     kv_end: Tensor | None,
     kv_len: int | None,
     return_lse: bool,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     pages_k, pages_v = _unflat(k), _unflat(v)
     r = _attention(q, pages_k, pages_v, causal, softmax_scale, q_start, kv_start, kv_end, kv_len, return_lse, out_dtype)
@@ -540,7 +541,7 @@ def _(
     kv_end: Tensor | None,
     kv_len: int | None,
     return_lse: bool,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     return gradients.like(q, out_dtype), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
 

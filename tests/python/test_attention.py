@@ -183,10 +183,10 @@ def test_opcheck():
     q, k, v = make(2, 4, 2, 5, 9, 64, torch.float32)
     starts = torch.tensor([0, 2])
     torch.library.opcheck(
-        torch.ops.llama1m_ext.attention.default, (q, [k], [v], True, None, None, starts, None, None, True)
+        torch.ops.llama1m_ext.attention.default, (q, [k], [v], True, None, None, starts, None, None, True, None)
     )
     torch.library.opcheck(
-        torch.ops.llama1m_ext.attention.default, (q, [k, k], [v, v], True, 0.5, 3, None, None, 12, False)
+        torch.ops.llama1m_ext.attention.default, (q, [k, k], [v, v], True, 0.5, 3, None, None, 12, False, None)
     )
     lse = torch.randn(2, 4, 5)
     torch.library.opcheck(torch.ops.llama1m_ext.merge_partials.default, ([q, q], [lse, lse]))

@@ -46,8 +46,9 @@ class Exact:
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = ops.attention_backward(grad, q, k, v, out, lse, softmax_scale=scale)  # type: ignore[attr-defined]
-        return dq, dk, dv
+        assert lse is not None
+        dq, dk, dv = ops.attention_backward(grad, q, k, v, out, lse, softmax_scale=scale)
+        return dq, dk, dv  # type: ignore[return-value]  # lists where k and v are
 
 
 class Torch:
