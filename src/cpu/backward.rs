@@ -80,7 +80,7 @@ impl Scratch {
 
 struct Plans {
     kernel: BackwardKernel,
-    /// head_dim padded to whole tiles.
+    /// head_dim padded to the kernel's multiple.
     dp: usize,
     units: usize,
     /// Queries of a task.
@@ -107,7 +107,7 @@ struct Task {
 
 impl Plans {
     fn new(p: &Gradients, kernel: BackwardKernel, threads: usize) -> Self {
-        let dp = p.head_dim.next_multiple_of(kernel.tile);
+        let dp = p.head_dim.next_multiple_of(kernel.tiles.multiple);
         let units = dp / kernel.pair;
         // From the shape alone, so that sums are the same on any number of threads.
         let rows = (p.q_len * p.group).div_ceil(TASKS).next_multiple_of(SIDE).clamp(SIDE, MOST_BLOCKS * SIDE);
@@ -250,16 +250,16 @@ unsafe fn walk(
             // Keys beyond n are zeros: masked, and never a stale NaN.
             krows[n..].fill(std::ptr::null());
             vrows[n..].fill(std::ptr::null());
-            for i in 0..SIDE / kernel.tile {
-                let to = i * kernel.tile * plans.units;
+            for i in 0..SIDE / kernel.tiles.keys {
+                let to = i * kernel.tiles.keys * plans.units;
                 (kernel.own.keys)(
-                    krows[i * kernel.tile..].as_ptr(),
+                    krows[i * kernel.tiles.keys..].as_ptr(),
                     row_bytes,
                     plans.units,
                     at(s.k).cast::<u32>().add(to),
                 );
                 (kernel.own.keys)(
-                    vrows[i * kernel.tile..].as_ptr(),
+                    vrows[i * kernel.tiles.keys..].as_ptr(),
                     row_bytes,
                     plans.units,
                     at(s.v).cast::<u32>().add(to),
@@ -306,7 +306,7 @@ unsafe fn walk(
                     dv,
                     units: plans.units,
                     dp: plans.dp,
-                    panels: (rows - r0).min(SIDE).div_ceil(kernel.rows),
+                    panels: (rows - r0).min(SIDE).div_ceil(kernel.tiles.rows),
                     scale,
                     hi: if masked { limits } else { std::ptr::null() },
                 });
@@ -353,7 +353,7 @@ unsafe fn pack_queries(p: &Gradients, plans: &Plans, kernels: &Kernels, t: &Task
                     plans.dp,
                     scratch.add(whole).cast::<u32>().add(r0 / kernel.pair * plans.dp),
                 );
-                for panel in (0..SIDE).step_by(kernel.rows) {
+                for panel in (0..SIDE).step_by(kernel.tiles.rows) {
                     let to = scratch.add(panels).cast::<u32>().add((r0 + panel) * plans.units);
                     (packs.panel)(from[panel..].as_ptr(), bytes, plans.units, to);
                 }

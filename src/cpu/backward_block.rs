@@ -4,8 +4,9 @@
 //! s = q k^T -> p = 2^(s - lse)      dp = g v^T -> ds = p (dp - delta)      (g: gradient of the output)
 //! dv += p^T g                       dk += ds^T q                           dq += ds k
 //! ```
-//! All five are one register tile, M rows by C vectors: an operand `a` of which one unit goes to all lanes, and an operand
-//! `b` that lies in tiles `[steps][C vectors]`. Scores have keys in their lanes, so p and ds lie `[row][key]`; where a unit
+//! All five are register tiles of some rows by some vectors: an operand `a` of which one unit goes to all lanes, and an operand
+//! `b` that lies in tiles `[steps][vectors]`. (On AVX-512, 8 x 3 and 6 x 4 reach 85 to 90% of what registers alone do, 12 x 2
+//! with its 14 loads for 24 products 75%.) Scores have keys in their lanes, so p and ds lie `[row][key]`; where a unit
 //! is a pair of bf16, two rows of a key make a unit for dv and dk (which sum over rows), and two keys of a row one for dq.
 //! Nothing is transposed: both pairings come from the same accumulators.
 
@@ -19,8 +20,21 @@ use crate::dtype::DType;
 
 /// Rows and keys of a block: whole panels and whole tiles of every instruction set, and even.
 pub const SIDE: usize = 96;
-/// Most panels of a block: M is at least 4.
+/// Most panels of a block: each has at least 4 rows.
 const PANELS: usize = SIDE / 4;
+
+/// What a kernel's register tiles are.
+#[derive(Debug, Clone, Copy)]
+pub struct Tiles {
+    /// Rows of a panel of q.
+    pub rows: usize,
+    /// Keys of a tile of scores.
+    pub keys: usize,
+    /// Elements of head_dim of a tile of dq, dk and dv.
+    pub width: usize,
+    /// head_dim is padded to a multiple of this; a last tile is narrower.
+    pub multiple: usize,
+}
 
 /// A block of rows against a block of keys. All buffers are the task's own while it runs.
 pub struct Block {
@@ -28,15 +42,15 @@ pub struct Block {
     pub q: *const u32,
     /// gradient of the output, likewise
     pub g: *const u32,
-    /// `[dp / tile][SIDE / PAIR][tile]`
+    /// `[dp / width][SIDE / PAIR][width]`; the last tile may be narrower
     pub q_rows: *const u32,
     /// likewise
     pub g_rows: *const u32,
-    /// `[SIDE / tile][units][tile]`
+    /// `[SIDE / keys][units][keys]`
     pub k: *const u32,
     /// likewise
     pub v: *const u32,
-    /// `[dp / tile][SIDE / PAIR][tile]`
+    /// as `q_rows`
     pub k_rows: *const u32,
     /// `[2][SIDE]` log-sum-exp in base 2, +inf where nothing was seen; and what its rounding left
     pub lse: *const f32,
@@ -56,7 +70,7 @@ pub struct Block {
     pub dv: *mut f32,
     /// units of a row: `dp / PAIR`
     pub units: usize,
-    /// head_dim padded to whole tiles
+    /// padded head_dim
     pub dp: usize,
     /// panels that have rows
     pub panels: usize,
@@ -76,14 +90,21 @@ pub unsafe trait Gradient: Dot {
     unsafe fn put_rows<const C: usize>(x: &[Self::V; C], y: &[Self::V; C], p: *mut u32);
     /// Stores the numbers of a row as units of neighbouring keys; nothing where `put_rows` has done it.
     unsafe fn put_keys<const C: usize>(x: &[Self::V; C], p: *mut u32);
-    /// SIDE rows (null = zeros) of `row_bytes` bytes to `[dp / tile][SIDE / PAIR][tile]`, zero beyond the row.
+    /// SIDE rows (null = zeros) of `row_bytes` bytes to `[dp / width][SIDE / PAIR][width]`, zero beyond the row.
     unsafe fn pack_rows<L: Load<Self::V>>(
         rows: *const *const u8,
         row_bytes: usize,
         dp: usize,
-        tile: usize,
+        width: usize,
         dst: *mut u32,
     );
+}
+
+/// Where element `d` of step `j` lies in `[dp / width][steps][width]`.
+#[inline(always)]
+pub fn place(d: usize, j: usize, steps: usize, dp: usize, width: usize) -> usize {
+    let from = d / width * width;
+    from * steps + j * width.min(dp - from) + d - from
 }
 
 unsafe impl<V: Vector> Gradient for Float<V> {
@@ -97,7 +118,7 @@ unsafe impl<V: Vector> Gradient for Float<V> {
     #[inline(always)]
     unsafe fn put_keys<const C: usize>(_x: &[V; C], _p: *mut u32) {}
     #[inline(always)]
-    unsafe fn pack_rows<L: Load<V>>(rows: *const *const u8, row_bytes: usize, dp: usize, tile: usize, dst: *mut u32) {
+    unsafe fn pack_rows<L: Load<V>>(rows: *const *const u8, row_bytes: usize, dp: usize, width: usize, dst: *mut u32) {
         for j in 0..SIDE {
             let row = *rows.add(j);
             for d in (0..dp).step_by(V::LANES) {
@@ -107,7 +128,7 @@ unsafe impl<V: Vector> Gradient for Float<V> {
                 } else {
                     load_upto::<V, L>(row.add(at), row_bytes - at)
                 };
-                x.store(dst.add(d / tile * SIDE * tile + j * tile + d % tile).cast());
+                x.store(dst.add(place(d, j, SIDE, dp, width)).cast());
             }
         }
     }
@@ -252,9 +273,12 @@ unsafe fn hidden<D: Gradient, const M: usize, const C: usize>(a: &Block, panel: 
     }
 }
 
-/// One block; M rows by C vectors a tile, M even and at least 4.
+/// One block. Scores in tiles of M rows (even, at least 4) by C vectors, sums in tiles of R by W, or by T where that is all
+/// that is left of head_dim.
 #[inline(always)]
-pub unsafe fn block<D: Gradient, const M: usize, const C: usize>(a: &Block) {
+pub unsafe fn block<D: Gradient, const M: usize, const C: usize, const R: usize, const W: usize, const T: usize>(
+    a: &Block,
+) {
     let tile = C * D::V::LANES;
     // Keys of the block that each panel sees, in whole tiles: what lies beyond is zero and is left out of the sums.
     let mut seen = [SIDE; PANELS];
@@ -275,27 +299,44 @@ pub unsafe fn block<D: Gradient, const M: usize, const C: usize>(a: &Block) {
             }
         }
     }
-    let b_tile = SIDE / D::PAIR * tile;
-    for d in 0..a.dp / tile {
-        // M keys at a time, over the rows from the first panel that sees one of them.
-        for (p, g, to) in [(a.p.cast_const(), a.g_rows, a.dv), (a.ds.cast_const(), a.q_rows, a.dk)] {
-            let mut first = 0;
-            for j in (0..SIDE).step_by(M) {
-                while first < a.panels && seen[first] <= j {
-                    first += 1;
-                }
-                if first == a.panels {
-                    break;
-                }
-                let (from, steps) = (first * M / D::PAIR, (a.panels - first) * M / D::PAIR);
-                let s = product::<D, M, C>(p.add(from * SIDE + j), 1, SIDE, g.add(d * b_tile + from * tile), steps);
-                accumulate(&s, to.add(j * a.dp + d * tile), a.dp);
+    let mut d = 0;
+    while d + W * D::V::LANES <= a.dp {
+        sums::<D, M, R, W>(a, &seen, d);
+        d += W * D::V::LANES;
+    }
+    while d < a.dp {
+        sums::<D, M, R, T>(a, &seen, d);
+        d += T * D::V::LANES;
+    }
+}
+
+/// The share of the block in W vectors of dv, dk and dq from element `d` on.
+#[inline(always)]
+unsafe fn sums<D: Gradient, const M: usize, const R: usize, const W: usize>(
+    a: &Block,
+    seen: &[usize; PANELS],
+    d: usize,
+) {
+    let (width, from, rows) = (W * D::V::LANES, d * SIDE / D::PAIR, a.panels * M);
+    // R keys at a time, over the rows from the first panel that sees one of them.
+    for (p, b, to) in [(a.p.cast_const(), a.g_rows, a.dv), (a.ds.cast_const(), a.q_rows, a.dk)] {
+        let mut first = 0;
+        for j in (0..SIDE).step_by(R) {
+            while first < a.panels && seen[first] <= j {
+                first += 1;
             }
+            if first == a.panels {
+                break;
+            }
+            let skip = first * M / D::PAIR;
+            let s =
+                product::<D, R, W>(p.add(skip * SIDE + j), 1, SIDE, b.add(from + skip * width), rows / D::PAIR - skip);
+            accumulate(&s, to.add(j * a.dp + d), a.dp);
         }
-        for panel in 0..a.panels {
-            let ds = a.ds_keys.add(panel * M * SIDE / D::PAIR);
-            let s = product::<D, M, C>(ds, SIDE / D::PAIR, 1, a.k_rows.add(d * b_tile), seen[panel] / D::PAIR);
-            accumulate(&s, a.dq.add(panel * M * a.dp + d * tile), a.dp);
-        }
+    }
+    for r in (0..rows).step_by(R) {
+        let steps = seen[(r + R - 1).min(rows - 1) / M] / D::PAIR;
+        let s = product::<D, R, W>(a.ds_keys.add(r * SIDE / D::PAIR), SIDE / D::PAIR, 1, a.k_rows.add(from), steps);
+        accumulate(&s, a.dq.add(r * a.dp + d), a.dp);
     }
 }

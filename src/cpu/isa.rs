@@ -21,12 +21,9 @@ pub struct Isa {
 /// Every level this build knows, best first.
 const LEVELS: &[Isa] = &[
     #[cfg(target_arch = "x86_64")]
-    Isa {
-        name: "avx512bf16",
-        kernels: super::arch::avx512::AVX512_BF16,
-        // Every CPU with the one has the other.
-        available: || avx512() && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni"),
-    },
+    Isa { name: "avx512fma", kernels: super::arch::avx512::AVX512_FMA, available: || avx512bf16() && intel() },
+    #[cfg(target_arch = "x86_64")]
+    Isa { name: "avx512bf16", kernels: super::arch::avx512::AVX512_BF16, available: avx512bf16 },
     #[cfg(target_arch = "x86_64")]
     Isa { name: "avx512", kernels: super::arch::avx512::AVX512, available: avx512 },
     #[cfg(target_arch = "x86_64")]
@@ -52,6 +49,19 @@ fn avx512() -> bool {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl")
+}
+
+#[cfg(target_arch = "x86_64")]
+fn avx512bf16() -> bool {
+    // Every CPU with the one has the other.
+    avx512() && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni")
+}
+
+/// Whether Intel made this CPU.
+#[cfg(target_arch = "x86_64")]
+fn intel() -> bool {
+    let id = std::arch::x86_64::__cpuid(0);
+    [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes).concat() == *b"GenuineIntel"
 }
 
 /// The levels this CPU has, best first.

@@ -56,10 +56,8 @@ pub struct PanelKernel {
 /// The backward kernel of one instruction set and operand type.
 #[derive(Clone, Copy)]
 pub struct BackwardKernel {
-    /// Rows of a panel.
-    pub rows: usize,
-    /// Keys (or elements of head_dim, which is padded to whole tiles) of a tile.
-    pub tile: usize,
+    /// Register tiles.
+    pub tiles: backward_block::Tiles,
     /// Elements in an operand unit.
     pub pair: usize,
     /// One block of rows against one block of keys.
@@ -168,13 +166,13 @@ use per_rows;
 
 /// Entry points of the kernels under a set of target features.
 ///
-/// `panel NAME: Dot, R, C, T, PR, PC`, `backward NAME: Dot, M, C, how each dtype is loaded`, `codes NAME: Dot` and `rows NAME: Rows, PC for each of 1, 2, 4, 8 rows; NAME of codes`.
+/// `panel NAME: Dot, R, C, T, PR, PC`, `backward NAME: Dot, M, C, R, W, T, how each dtype is loaded`, `codes NAME: Dot` and `rows NAME: Rows, PC for each of 1, 2, 4, 8 rows; NAME of codes`.
 macro_rules! instantiate {
     (
         #[$feat:meta];
         vector $v:ty;
         $(panel $pname:ident: $dot:ty, load $load:ty, $r:literal x $c:literal, tiles $t:literal, pv $pr:literal x $pc:literal;)*
-        $(backward $bname:ident: $bdot:ty, $bm:literal x $bc:literal, packs $($lname:ident $lload:ty),*;)*
+        $(backward $bname:ident: $bdot:ty, $bm:literal x $bc:literal, sums $br:literal x $bw:literal x $bt:literal, packs $($lname:ident $lload:ty),*;)*
         codes $cname:ident: $cdot:ty;
         $(rows $rname:ident: $rows:ty, pv $pc1:literal, $pc2:literal, $pc4:literal, $pc8:literal;)*
     ) => {
@@ -237,13 +235,16 @@ macro_rules! instantiate {
         $(
             pub(super) mod $bname {
                 use super::*;
-                const TILE: usize = $bc * <$v as Vector>::LANES;
+                const LANES: usize = <$v as Vector>::LANES;
+                const TILES: Tiles =
+                    Tiles { rows: $bm, keys: $bc * LANES, width: $bw * LANES, multiple: $bt * LANES };
                 // Blocks are whole panels and whole tiles; pairs of rows stay within a panel.
-                const _: () = assert!($bm >= 4 && $bm % 2 == 0 && SIDE % $bm == 0 && SIDE % TILE == 0 && TILE % 2 == 0);
+                const _: () = assert!($bm >= 4 && $bm % 2 == 0 && SIDE % $bm == 0 && SIDE % TILES.keys == 0);
+                const _: () = assert!(SIDE % $br == 0 && $bw % $bt == 0 && TILES.multiple / 2 % LANES == 0);
                 #[$feat]
                 unsafe fn block(a: &backward_block::Block) {
                     // SAFETY: forwarded, here and below.
-                    unsafe { backward_block::block::<$bdot, $bm, $bc>(a) }
+                    unsafe { backward_block::block::<$bdot, $bm, $bc, $br, $bw, $bt>(a) }
                 }
                 $(
                     pub(in super::super) mod $lname {
@@ -254,17 +255,17 @@ macro_rules! instantiate {
                         }
                         #[$feat]
                         unsafe fn keys(rows: *const *const u8, bytes: usize, units: usize, dst: *mut u32) {
-                            unsafe { kernels::pack_k::<$v, $lload>(rows, TILE, bytes, units, dst) }
+                            unsafe { kernels::pack_k::<$v, $lload>(rows, TILES.keys, bytes, units, dst) }
                         }
                         #[$feat]
                         unsafe fn rows(rows: *const *const u8, bytes: usize, dp: usize, dst: *mut u32) {
-                            unsafe { <$bdot as Gradient>::pack_rows::<$lload>(rows, bytes, dp, TILE, dst) }
+                            unsafe { <$bdot as Gradient>::pack_rows::<$lload>(rows, bytes, dp, TILES.width, dst) }
                         }
                         pub const PACKS: Packs = Packs { panel, keys, rows };
                     }
                 )*
                 pub(in super::super) const fn kernel(own: Packs, grad: Packs) -> BackwardKernel {
-                    BackwardKernel { rows: $bm, tile: TILE, pair: <$bdot as Dot>::PAIR, block, own, grad }
+                    BackwardKernel { tiles: TILES, pair: <$bdot as Dot>::PAIR, block, own, grad }
                 }
             }
         )*

@@ -8,7 +8,7 @@ use super::{
     BackwardKernel, CodesKernel, Kernels, PackV, Packs, PanelKernel, RowsKernel, instantiate, instantiate_common,
     per_rows, table,
 };
-use crate::cpu::backward_block::{Gradient, SIDE};
+use crate::cpu::backward_block::{Gradient, SIDE, Tiles};
 use crate::cpu::rowwise::{FloatRows, Rows};
 use crate::cpu::vector::{Bf16, Dot, F16, Float, MAX_LANES, Raw, Vector};
 use crate::cpu::{backward_block, codes, kernels, merge, rope, rowwise};
@@ -136,7 +136,7 @@ mod base {
         panel f32: Float<V>, load Raw, 4 x 2, tiles 2, pv 4 x 2;
         panel bf16: Float<V>, load Bf16, 4 x 2, tiles 2, pv 4 x 2;
         panel f16: Float<V>, load F16, 4 x 2, tiles 2, pv 4 x 2;
-        backward gradients: Float<V>, 4 x 2, packs f32 Raw, bf16 Bf16, f16 F16;
+        backward gradients: Float<V>, 4 x 2, sums 4 x 2 x 2, packs f32 Raw, bf16 Bf16, f16 F16;
         codes float_codes: Float<V>;
         rows f32_rows: FloatRows<V, Raw>, pv 4, 2, 1, 1;
         rows bf16_rows: FloatRows<V, Bf16>, pv 4, 2, 1, 1;
