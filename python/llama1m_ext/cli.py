@@ -97,6 +97,28 @@ def bench_attention(
     _write_report(attention.run(plan), json_file, plot)
 
 
+@bench.command("backward")
+def bench_backward(
+    dtypes: Dtypes = "bf16,f32",
+    squares: Annotated[str, typer.Option(help="Causal squares: lengths, comma-separated.")] = "2048,4096,8192,16384",
+    heads: Annotated[str, typer.Option(help="q_heads x kv_heads x head_dim.")] = "4x1x128",
+    threads: Threads = None,
+    rounds: Rounds = 5,
+    quick: Quick = False,
+    clock: ClockName = "wall",
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+) -> None:
+    """Gradients of attention: the backward pass of causal squares."""
+    from llama1m_ext.bench import backward
+
+    try:
+        plan = backward.plan(dtypes, squares, heads, threads, rounds, quick, clock)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _write_report(backward.run(plan), json_file, plot)
+
+
 @bench.command("decode")
 def bench_decode(
     dtypes: Dtypes = "bf16",

@@ -27,6 +27,8 @@ use crate::tensor::{TensorMut, TensorRef};
 const MOST_BLOCKS: usize = 5;
 /// A head's rows are cut into so many tasks where it has enough of them.
 const TASKS: usize = 16;
+/// float32 of a cache line.
+const LINE: usize = 16;
 /// What a task has finished when it is done.
 const ALL: usize = usize::MAX;
 
@@ -185,11 +187,14 @@ pub fn attention_backward(p: &Gradients, cx: &Context) -> Result<()> {
         unsafe { (0..plans.heads).for_each(|h| clear(p, h / p.kv_heads, h % p.kv_heads, 0, 0)) };
         return Ok(());
     }
-    let n = plans.words.checked_mul(2 * plans.slots).filter(|n| *n <= isize::MAX as usize / 4);
+    let n = plans.words.checked_mul(2 * plans.slots).filter(|n| *n <= isize::MAX as usize / 8);
     let n = n.ok_or_else(|| Error::Resources("dk and dv in float32 are larger than any memory".into()))?;
-    let mut memory: Vec<f32> = Vec::new();
-    memory.try_reserve_exact(n).map_err(|e| Error::Resources(format!("{} bytes for dk and dv: {e}", n * 4)))?;
-    let buffers = Buffers(memory.as_mut_ptr());
+    // Cache lines, so that no vector straddles two. A task writes zeros before anything is read.
+    let mut memory: Vec<[f32; LINE]> = Vec::new();
+    let lines = n.div_ceil(LINE) + 1;
+    memory.try_reserve_exact(lines).map_err(|e| Error::Resources(format!("{} bytes for dk and dv: {e}", n * 4)))?;
+    let start = memory.as_mut_ptr().cast::<f32>();
+    let buffers = Buffers(start.wrapping_add(start.align_offset(LINE * 4)));
     let all = plans.heads * plans.tasks;
     let progress = Progress { past: (0..all).map(|_| AtomicUsize::new(0)).collect(), tasks: plans.tasks };
     pool::run(cx, all, 1, |n| {

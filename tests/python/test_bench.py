@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama1m_ext.bench import attention, decode, harness, plot
+from llama1m_ext.bench import attention, backward, decode, harness, plot
 from llama1m_ext.bench.harness import OURS, Call, Case, Clock, Limit
 
 
@@ -156,7 +156,34 @@ def test_prefill_cases_compute_what_they_say():
     assert chunk.calls[0].work == 4 * 64 * 4 * pairs
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("f32", 1e-5), ("bf16", 0.1)])
+def test_backward_cases_compute_what_they_say(dtype, bound):
+    one = backward.case(dtype, 300, (4, 2, 64), threads=1)
+    assert len(one.calls) == 3
+    assert one.reference.shape == (1, 4 + 2 * 2, 300, 64)
+    for call in one.calls:
+        assert call.work == 10 * 64 * 4 * sum(range(301))
+        error = (call.output(call.run()).double() - one.reference).abs().max()
+        assert 0 < error < bound, call.name
+    wrong = one.calls[0].output(tuple(x * 1.5 for x in one.calls[0].run()))
+    assert (wrong.double() - one.reference).abs().max() > bound
+
+
+def test_backward_reference_is_autograd_s():
+    q, grad = torch.randn(2, 1, 4, 300, 16)
+    k, v = torch.randn(2, 1, 2, 300, 16)
+    inputs = [x.double().requires_grad_() for x in (q, k, v)]
+    out = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    want = torch.cat(torch.autograd.grad(out, inputs, grad.double()), 1)
+    torch.testing.assert_close(backward.reference(q, k, v, grad), want)
+
+
 def test_words_of_the_command_line():
+    gradients = backward.plan(dtypes="bf16", squares="64,96", heads="8x2x64", threads=1, clock="cpu")
+    assert (gradients.lengths, gradients.heads, gradients.clock.name) == ([64, 96], (8, 2, 64), "cpu")
+    assert backward.plan(quick=True).lengths == [512]
+    with pytest.raises(ValueError, match="squares: expected N with positive integers"):
+        backward.plan(squares="64x64")
     plan = attention.plan(dtypes="f32, bf16", squares="64,128", chunks="16x64", heads="8X2x64")
     assert plan.shapes == [(64, 64), (128, 128), (16, 64)]
     assert plan.heads == (8, 2, 64)
@@ -177,11 +204,12 @@ def test_words_of_the_command_line():
             attention.plan(**bad)
 
 
-def test_both_benches_run_report_and_draw(tmp_path, capsys):
+def test_benches_run_report_and_draw(tmp_path, capsys):
     prefill = attention.run(attention.plan("f32,bf16", "64", "16x96", "4x2x64", rounds=2))
     step = decode.run(decode.plan("bf16", "512", "4x2x64", page_size=100, rounds=2))
+    gradients = backward.run(backward.plan("f32", "64", "4x2x64", rounds=2))
     text = capsys.readouterr().out
-    for report, unit, count in ((prefill, "GFLOP/s", 4), (step, "GB/s", 1)):
+    for report, unit, count in ((prefill, "GFLOP/s", 4), (step, "GB/s", 1), (gradients, "GFLOP/s", 1)):
         assert len(report["cases"]) == count
         assert json.loads(json.dumps(report))["bench"] == report["bench"]
         for record in report["cases"]:

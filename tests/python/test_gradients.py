@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -373,3 +377,13 @@ def test_gradients_of_gradients_that_memory_does_not_hold(monkeypatch):
     ):
         torch.autograd.grad(out, q, create_graph=True)
     torch.autograd.grad(ops.attention(q, k, v).square().sum(), q)  # first-order ones need none of it
+
+
+def test_an_interrupt_stops_it():
+    q, k, v = (x.detach() for x in tensors(6000, 6000, (8, 2), 64, 1))
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3])
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begun = time.process_time()
+    with pytest.raises(KeyboardInterrupt):
+        ops.attention_backward(out, q, k, v, out, lse)
+    assert time.process_time() - begun < 2, "10 s of work alone"
