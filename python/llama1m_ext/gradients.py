@@ -1,8 +1,8 @@
 """Gradients of `ops`: what autograd calls, in eager code and inside `torch.compile`.
 
 `attention` keeps q, k, v, out and lse, and its backward pass computes the weights again, a block at a time (Dao, 2307.08691,
-section 3.1.2): no memory grows with q_len x kv_len. Partials are merged, and positions turned, by formulas that can be
-differentiated again; attention can't.
+section 3.1.2): no memory grows with q_len x kv_len, unless gradients of gradients are asked for. Partials are merged, and
+positions turned back, by formulas that can be differentiated again.
 """
 
 from __future__ import annotations
