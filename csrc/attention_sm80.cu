@@ -12,6 +12,7 @@
 #include "elements.cuh"
 #include "mask.cuh"
 #include "segment.cuh"
+#include "tiles.cuh"
 #include "walk.cuh"
 
 constexpr int THREADS = 128, WARPS = 4, BLOCK_Q = 128, BLOCK_KV = 64;
@@ -21,48 +22,12 @@ constexpr int SMEM_BYTES = (BLOCK_Q + 2 * BLOCK_KV) * D * 2 + BLOCK_Q * 16;
 constexpr int FAR = 1 << 30;  // beyond any key
 constexpr float LN2 = 0.6931471805599453f;
 
-// Where 16 bytes (8 channels) of a row lie in a tile: the rows of an 8x8 matrix meet different banks.
-template <int D>
-PRIM uint32_t chunk_at(uint32_t tile, int row, int chunk) {
-    return tile + row * (D * 2) + ((chunk ^ (row & 7)) << 4);
-}
-// From a lane's place in the first 16 channels of a tile (128-byte aligned) to the one in 16 channels `d`: a step that costs no
-// register of its own.
-PRIM uint32_t channels_at(uint32_t place, int d) { return (place ^ ((d & 3) << 5)) + (d >> 2) * 128; }
-
-// Starts copying ROWS rows to shared memory; those from n on become zeros, and nothing is read for them.
-template <int D, int ROWS>
-PRIM void load_rows(uint32_t tile, uint64_t rows, int64_t stride, int n) {
-    constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
-    static_assert(STEP % 8 == 0, "steps keep a row's place in the swizzle");
-    const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-    const uint32_t to = chunk_at<D>(tile, row, chunk);
-    uint64_t from = rows + row * stride + chunk * 16;
-    UNROLL for (int i = 0; i < ROWS; i += STEP) {
-        cp_async16_zfill(to + i * (D * 2), (const void*)from, row + i < n ? 16 : 0);
-        from += STEP * stride;
-    }
-}
-
 // What becomes of sums relative to the maximum `from` when the maximum is `to`.
 PRIM float decay(float from, float to, float scale) { return to == -INF ? 1.f : ex2((from - to) * scale); }
 
-template <bool BF16_>
-PRIM void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (BF16_)
-        mma_m16n8k16_bf16(d, a, b0, b1);
-    else
-        mma_m16n8k16_f16(d, a, b0, b1);
-}
-
-template <bool BF16_>
-PRIM uint32_t pack(float lo, float hi) {
-    return BF16_ ? pack_bf16(lo, hi) : pack_f16(lo, hi);
-}
-
 template <int D>
 PRIM void load_side(uint32_t tile, const View& rows, const Walk<BLOCK_KV>& at, int first, int b, int kv_head) {
-    load_rows<D, BLOCK_KV>(tile, row_address(rows, b, kv_head, at.key - first), rows.row_stride, at.n);
+    load_rows<D, BLOCK_KV, THREADS>(tile, row_address(rows, b, kv_head, at.key - first), rows.row_stride, at.n);
     cp_async_commit();
 }
 
@@ -168,7 +133,7 @@ PRIM void attention_sm80(const Attn& p) {
 
     Walk<BLOCK_KV> at;
     at.begin(p, row.lo, end);
-    load_rows<D, BLOCK_Q>(q, row_address(p.q, b, head_here(p), q0), p.q.row_stride, p.q_len - q0);
+    load_rows<D, BLOCK_Q, THREADS>(q, row_address(p.q, b, head_here(p), q0), p.q.row_stride, p.q_len - q0);
     if (at.n) load_side<D>(k, p.page[at.page].k.rows, at, p.page[at.page].first, b, kv_head);
     while (at.n) {
         cp_async_wait<0>();

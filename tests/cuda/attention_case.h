@@ -47,7 +47,7 @@ class Random {
 class Tensor4 {
   public:
     Tensor4(int dtype, int batch, int heads, int rows, int dim)
-        : dtype(dtype), size(dtype == F32 ? 4 : 2), row((dim + 16 / size) * size), head(row * (rows + 1)), batch_row(head * heads + row),
+        : dtype(dtype), batch(batch), heads(heads), rows(rows), dim(dim), size(dtype == F32 ? 4 : 2), row((dim + 16 / size) * size), head(row * (rows + 1)), batch_row(head * heads + row),
           memory((size_t)batch_row * batch / 4 + 8, 0xFFFFFFFFu) {}
     View view() const { return {address(), batch_row, head, row}; }
     void set(int b, int h, int i, int d, float x) {
@@ -64,10 +64,21 @@ class Tensor4 {
         return dtype == F32 ? x : dtype == BF16 ? bf16_to_float(bits) : half_to_float(bits);
     }
 
+    // Whether every byte that is no row's is as it was.
+    bool is_clean() const {
+        std::vector<uint32_t> seen = memory;
+        const int64_t start = address() - (uint64_t)memory.data();
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t h = 0; h < heads; h++)
+                for (int64_t i = 0; i < rows; i++)
+                    std::memset((uint8_t*)seen.data() + start + b * batch_row + h * head + i * row, 0xff, (size_t)dim * size);
+        return std::all_of(seen.begin(), seen.end(), [](uint32_t x) { return x == 0xFFFFFFFFu; });
+    }
+
   private:
     uint64_t address() const { return ((uint64_t)memory.data() + 15) & ~15ull; }
     uint8_t* place(int b, int h, int i, int d) const { return (uint8_t*)address() + b * batch_row + h * head + i * row + d * size; }
-    int dtype, size;
+    int dtype, batch, heads, rows, dim, size;
     int64_t row, head, batch_row;
     std::vector<uint32_t> memory;
 };

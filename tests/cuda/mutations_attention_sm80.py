@@ -1,6 +1,6 @@
 """Bugs for check_attention_sm80.cpp to see."""
 
-SM80, SEGMENT, MASK, WALK = "attention_sm80.cu", "segment.cuh", "mask.cuh", "walk.cuh"
+SM80, TILES, SEGMENT, MASK, WALK = "attention_sm80.cu", "tiles.cuh", "segment.cuh", "mask.cuh", "walk.cuh"
 MUTATIONS = [
     (
         SM80,
@@ -26,9 +26,9 @@ MUTATIONS = [
         "        cp_async_wait<0>();",
         "K is overwritten while another warp reads it",
     ),
-    (SM80, "row + i < n ? 16 : 0", "16", "rows beyond the last key are read"),
-    (SM80, "to = chunk_at<D>(tile, row, chunk)", "to = chunk_at<D>(tile, row & 3, chunk)", "copies swizzled unlike fragments"),
-    (SM80, "(d & 3) << 5", "(d & 1) << 5", "channels of fragments by half"),
+    (TILES, "row + i < n ? 16 : 0", "16", "rows beyond the last key are read"),
+    (TILES, "to = chunk_at<D>(tile, row, chunk)", "to = chunk_at<D>(tile, row & 3, chunk)", "copies swizzled unlike fragments"),
+    (TILES, "(d & 3) << 5", "(d & 1) << 5", "channels of fragments by half"),
     (SM80, "lane / 16 * 8 + lane % 8, lane / 8 % 2", "lane / 16 * 8 + lane % 8, lane / 16", "K's fragments: halves of channels"),
     (SM80, "chunk_at<D>(v, lane % 16, lane / 16)", "chunk_at<D>(v, lane % 8, lane / 16)", "V's fragments: rows 8 to 15"),
     (SM80, "const int seen = reach + t * 16 + r * 8", "const int seen = reach + t * 16", "the diagonal of rows 8 to 15"),
