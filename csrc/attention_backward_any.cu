@@ -29,9 +29,9 @@ PRIM void load_tile(float* tile, const View& rows, int b, int head, int first, i
 }
 
 template <int DTYPE>
-PRIM void store_row(const Backward& p, const View& to, int b, int head, int row, int d, float x) {
+PRIM void store_row(const View& to, bool f32, int b, int head, int row, int d, float x) {
     const uint64_t at = row_address(to, b, head, row);
-    if (p.grad_f32)
+    if (f32)
         store_element<F32>(at, d, x);
     else
         store_element<DTYPE>(at, d, x);
@@ -73,10 +73,10 @@ PRIM void backward_any(const Backward& p) {
                 score = fma_rn(x0[r * PITCH + d], y0[c * PITCH + d], score);
                 slope = fma_rn(x1[r * PITCH + d], y1[c * PITCH + d], slope);
             }
-            const bool visible = c < n && key >= seen.lo && key < query_end(p, seen, query);
-            const float weight = visible ? ex2(fma_rn(score, p.scale, -stat.lse)) : 0.f;
+            // (Beyond the last query lse is inf; what keys get that nobody sees is not stored.)
+            const float weight = key < query_end(p, seen, query) ? ex2(fma_rn(score, p.scale, -stat.lse)) : 0.f;
             weights[e] = weight;
-            slopes[e] = visible ? weight * (slope - stat.delta) : 0.f;
+            slopes[e] = weight * (slope - stat.delta);
         }
         block_sync();
         // By themselves first: one sum over all columns would lose more.
@@ -103,8 +103,8 @@ PRIM void backward_any(const Backward& p) {
         UNROLL for (int c = 0; c < CHANNELS; c++) {
             const int d = threadIdx.x + c * THREADS;
             if (d >= d_len) continue;
-            store_row<DTYPE>(p, KEYS ? p.dk : p.dq, b, head, row0 + r, d, has ? sum0[r][c] * p.softmax_scale : 0.f);
-            if (KEYS) store_row<DTYPE>(p, p.dv, b, head, row0 + r, d, has ? sum1[r][c] : 0.f);
+            store_row<DTYPE>(KEYS ? p.dk : p.dq, KEYS ? p.dk_f32 : p.dq_f32, b, head, row0 + r, d, has ? sum0[r][c] * p.softmax_scale : 0.f);
+            if (KEYS) store_row<DTYPE>(p.dv, p.dv_f32, b, head, row0 + r, d, has ? sum1[r][c] : 0.f);
         }
     }
 }

@@ -122,7 +122,7 @@ PRIM TotalRows total_of(const Backward& p, int sum, int t) {
 
 // Sums become rows of a gradient; those of keys that nobody sees become 0.
 template <bool BF16_, bool KEYS, int D, class S>
-PRIM void store(const Backward& p, const View& to, const float (&sums)[TILES][32], float scale, int head, int row0) {
+PRIM void store(const Backward& p, const View& to, bool f32, const float (&sums)[TILES][32], float scale, int head, int row0) {
     const int thread = thread_here(), warp = thread / 32, lane = thread % 32, b = blockIdx.z;
     const Interval seen = row_interval(p, b);
     UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int r = 0; r < 2; r++) {
@@ -133,7 +133,7 @@ PRIM void store(const Backward& p, const View& to, const float (&sums)[TILES][32
         UNROLL for (int n = 0; n < 8; n++) {
             const int column = warp % S::SHARE * 64 + n * 8 + lane % 4 * 2;
             const float x = has ? sums[t][4 * n + 2 * r] * scale : 0.f, y = has ? sums[t][4 * n + 2 * r + 1] * scale : 0.f;
-            if (p.grad_f32) {
+            if (f32) {
                 ((float*)at)[column] = x;
                 ((float*)at)[column + 1] = y;
             } else {
@@ -251,8 +251,8 @@ PRIM void backward_sm80(const Backward& p) {
             if (KEYS) unfold(sum1[t], total_of<KEYS, D, S>(p, 1, t), keep);
         }
     }
-    store<BF16_, KEYS, D, S>(p, KEYS ? p.dk : p.dq, sum0, p.softmax_scale, head, row0);
-    if (KEYS) store<BF16_, KEYS, D, S>(p, p.dv, sum1, 1.f, head, row0);
+    store<BF16_, KEYS, D, S>(p, KEYS ? p.dk : p.dq, KEYS ? p.dk_f32 : p.dq_f32, sum0, p.softmax_scale, head, row0);
+    if (KEYS) store<BF16_, KEYS, D, S>(p, p.dv, p.dv_f32, sum1, 1.f, head, row0);
 }
 
 #define BOTH(dtype, is_bf16, d, suffix, small, blocks)                                                                    \

@@ -88,7 +88,7 @@ struct Backward {                 // attention_backward_*
     View q, k, v, grad_out;       // [batch, heads, len, head_dim] of one dtype
     View out;                     // that dtype, or float32 where out_f32
     View lse, grad_lse;           // float32 [batch, q_heads, q_len], natural logarithm; grad_lse.ptr 0: none
-    View dq, dk, dv;              // that dtype, or float32 where grad_f32
+    View dq, dk, dv;              // that dtype, or float32 where dq_f32, dk_f32, dv_f32
     uint64_t kv_start, kv_end;    // int64 [batch] on the device; or 0
     int64_t q_start;              // as in Attn
     uint64_t stats;               // float32 pairs [batch, q_heads, stats_len]: see stats.cuh
@@ -96,7 +96,7 @@ struct Backward {                 // attention_backward_*
     int32_t batch, q_heads, kv_heads, q_len, kv_len, head_dim;
     int32_t stats_len;            // q_len, rounded up to a multiple of STATS
     int32_t key_rows;             // rows of dk and dv: those from kv_len on become 0
-    int32_t causal, out_f32, grad_f32;
+    int32_t causal, out_f32, dq_f32, dk_f32, dv_f32;
     int32_t first_head, heads;    // key heads of this launch
     int32_t wide;                 // whether 4 elements of any row of out and grad_out begin at a multiple of their size
     float scale, softmax_scale;   // softmax_scale * log2(e), and itself

@@ -191,6 +191,12 @@ PRIM void tma_load_4d(uint32_t dst, const TensorMap* m, uint32_t bar, int c0, in
         "l"((uint64_t)m), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
+// Bytes in a row, a multiple of 16, from and to multiples of 16.
+PRIM void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+                 "l"(src), "r"(bytes), "r"(bar)
+                 : "memory");
+}
 // These values exist here: what computes them stays before this place, what uses them after it. A wait for wgmma names no registers,
 // so without this the compiler moves it past arithmetic, and the overlap that was written down is gone.
 template <int N>
@@ -224,11 +230,16 @@ PRIM void wgmma_wait() {
 #define R32                                                                                                            \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%" \
     "30,%31}"
-// S = A B: both operands in shared memory, K-major; 64 x 128. A's dtype and B's: "bf16" or "f16".
+// S = A B: both operands in shared memory, K-major; 64 x 128, 64 x 64. A's dtype and B's: "bf16" or "f16".
 #define WGMMA_N128_SS(dtype)                                                                                      \
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." dtype      \
                  "." dtype " " R64 ", %64, %65, p, 1, 1, 0, 0; }"                                                 \
                  : D64                                                                                            \
+                 : "l"(a), "l"(b), "r"(accum))
+#define WGMMA_N64_SS(dtype)                                                                                      \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." dtype      \
+                 "." dtype " " R32 ", %32, %33, p, 1, 1, 0, 0; }"                                                \
+                 : D32                                                                                           \
                  : "l"(a), "l"(b), "r"(accum))
 // D += A B: A in registers, B in shared memory, MN-major.
 #define WGMMA_N128_RS(dtype)                                                                                 \
@@ -247,6 +258,13 @@ PRIM void wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, int accum) {
         WGMMA_N128_SS("bf16");
     else
         WGMMA_N128_SS("f16");
+}
+template <bool BF16_>
+PRIM void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b, int accum) {
+    if constexpr (BF16_)
+        WGMMA_N64_SS("bf16");
+    else
+        WGMMA_N64_SS("f16");
 }
 template <bool BF16_>
 PRIM void wgmma_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {

@@ -15,7 +15,7 @@ struct GradCase {
     int64_t q_start = std::numeric_limits<int64_t>::min();  // default: the queries are the last tokens
     std::vector<int64_t> kv_start = {}, kv_end = {};
     int spare = 0;  // rows of k and v beyond kv_len
-    bool out_f32 = false, grad_f32 = false, grad_lse = false, total = false, wide = true;
+    bool out_f32 = false, grad_f32 = false, dk_f32 = false, grad_lse = false, total = false, wide = true;
     float spread = 1.f;  // of q: 4 makes attention sharp
     float scale = 0.f;   // softmax_scale; 0: the usual one
 };
@@ -51,7 +51,9 @@ class GradProblem {
     void run(Verdict& verdict, const char* mode, Launch launch) {
         Case named = {.name = c.name};
         const int grad = c.grad_f32 ? F32 : c.dtype, key_rows = c.kv_len + c.spare;
-        Tensor4 dq(grad, c.batch, c.q_heads, c.q_len, c.head_dim), dk(grad, c.batch, c.kv_heads, key_rows, c.head_dim), dv(dk);
+        const bool dk_f32 = c.grad_f32 || c.dk_f32;
+        Tensor4 dq(grad, c.batch, c.q_heads, c.q_len, c.head_dim), dk(dk_f32 ? F32 : c.dtype, c.batch, c.kv_heads, key_rows, c.head_dim),
+            dv(grad, c.batch, c.kv_heads, key_rows, c.head_dim);
         Backward p = {};
         p.q = q.view(), p.k = k.view(), p.v = v.view(), p.grad_out = grad_out.view(), p.out = out.view(), p.lse = lse.view();
         if (c.grad_lse) p.grad_lse = grad_lse.view();
@@ -61,7 +63,7 @@ class GradProblem {
         p.q_start = q_start();
         p.batch = c.batch, p.q_heads = c.q_heads, p.kv_heads = c.kv_heads, p.q_len = c.q_len, p.kv_len = c.kv_len;
         p.head_dim = c.head_dim, p.stats_len = (c.q_len + STATS - 1) / STATS * STATS, p.key_rows = key_rows;
-        p.causal = c.causal, p.out_f32 = c.out_f32, p.grad_f32 = c.grad_f32, p.wide = c.wide;
+        p.causal = c.causal, p.out_f32 = c.out_f32, p.dq_f32 = p.dv_f32 = c.grad_f32, p.dk_f32 = dk_f32, p.wide = c.wide;
         p.heads = c.kv_heads;
         p.scale = scale * 1.4426950408889634f, p.softmax_scale = scale;
         std::vector<Stat> stats((size_t)c.batch * c.q_heads * p.stats_len + 2, Stat{NAN, NAN});
@@ -171,6 +173,27 @@ class GradProblem {
     Tensor4 q, k, v, grad_out, out, lse, grad_lse;
     float scale;
 };
+
+// Stats as attention_backward_any.cu makes them, whose check has its own in it.
+template <int DTYPE>
+void make_stats_of(const Backward& p) {
+    for (int b = 0; b < p.batch; b++)
+        for (int h = 0; h < p.q_heads; h++)
+            for (int i = 0; i < p.stats_len; i++) {
+                Stat& stat = (Stat&)stats_of(p, b, h)[i];
+                stat = {INF, 0};
+                const float lse = i < p.q_len ? *(const float*)row_address(p.lse, b, h, i) : -INF;
+                if (lse == -INF) continue;
+                double delta = p.grad_lse.ptr ? -*(const float*)row_address(p.grad_lse, b, h, i) : 0;
+                for (int d = 0; d < p.head_dim; d++) {
+                    const uint64_t out = row_address(p.out, b, h, i), grad = row_address(p.grad_out, b, h, i);
+                    delta += (p.out_f32 ? load_element<F32>(out, d) : load_element<DTYPE>(out, d)) * load_element<DTYPE>(grad, d);
+                }
+                stat = {lse * 1.4426950408889634f, (float)delta};
+            }
+}
+
+inline void make_stats(const Backward& p, int dtype) { dtype == BF16 ? make_stats_of<BF16>(p) : make_stats_of<F16>(p); }
 
 // As check_all of attention_case.h.
 template <class Launch>

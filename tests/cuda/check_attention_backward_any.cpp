@@ -33,6 +33,7 @@ int main(int argc, char** argv) {
         {.name = "intervals", .dtype = F32, .head_dim = 24, .q_len = 40, .kv_len = 60, .batch = 3, .kv_start = {0, 23, 50}, .kv_end = {60, 48, 51}},
         {.name = "nothing to see", .head_dim = 24, .q_len = 20, .kv_len = 40, .batch = 2, .causal = false, .kv_start = {30, 0}, .kv_end = {30, 40}},
         {.name = "rows not in use", .dtype = F32, .head_dim = 24, .q_len = 20, .kv_len = 20, .spare = 21},
+        {.name = "float32 dk alone", .dtype = F16, .head_dim = 24, .q_len = 18, .kv_len = 18, .q_heads = 1, .dk_f32 = true},
         {.name = "float32 out and gradients", .head_dim = 32, .q_len = 20, .kv_len = 33, .q_heads = 3, .out_f32 = true, .grad_f32 = true, .grad_lse = true},
         {.name = "a negative scale", .dtype = F32, .head_dim = 16, .q_len = 20, .kv_len = 20, .scale = -0.2f},
     };

@@ -10,25 +10,6 @@ constexpr int SEGMENT = 100;
 
 #include "backward_case.h"
 
-// As attention_backward_any.cu makes them, whose check has them in it.
-template <int DTYPE>
-static void stats(const Backward& p) {
-    for (int b = 0; b < p.batch; b++)
-        for (int h = 0; h < p.q_heads; h++)
-            for (int i = 0; i < p.stats_len; i++) {
-                Stat& stat = (Stat&)stats_of(p, b, h)[i];
-                stat = {INF, 0};
-                const float lse = i < p.q_len ? *(const float*)row_address(p.lse, b, h, i) : -INF;
-                if (lse == -INF) continue;
-                double delta = p.grad_lse.ptr ? -*(const float*)row_address(p.grad_lse, b, h, i) : 0;
-                for (int d = 0; d < p.head_dim; d++) {
-                    const uint64_t out = row_address(p.out, b, h, i), grad = row_address(p.grad_out, b, h, i);
-                    delta += (p.out_f32 ? load_element<F32>(out, d) : load_element<DTYPE>(out, d)) * load_element<DTYPE>(grad, d);
-                }
-                stat = {lse * 1.4426950408889634f, (float)delta};
-            }
-}
-
 template <int D, bool SMALL>
 static void sweeps(Backward p, const GradCase& c, cpu::Mode mode, uint64_t seed) {
     using S = Shape<D, SMALL>;
@@ -54,7 +35,7 @@ static void sweeps(Backward p, const GradCase& c, cpu::Mode mode, uint64_t seed)
 }
 
 static void launch(const Backward& p, const GradCase& c, cpu::Mode mode, uint64_t seed) {
-    c.dtype == BF16 ? stats<BF16>(p) : stats<F16>(p);
+    make_stats(p, c.dtype);
     if (c.head_dim == 64)
         sweeps<64, false>(p, c, mode, seed);
     else if (std::strstr(c.name, "small"))
@@ -70,7 +51,7 @@ int main(int argc, char** argv) {
         {.name = "a tile and a bit", .q_len = 129, .kv_len = 129, .q_heads = 1},
         {.name = "groups", .q_len = 70, .kv_len = 100, .q_heads = 4, .kv_heads = 2, .spread = 4},
         {.name = "small, a tile and a bit", .q_len = 66, .kv_len = 66, .q_heads = 2, .spread = 3},
-        {.name = "small f16", .dtype = F16, .q_len = 50, .kv_len = 90, .q_heads = 1, .grad_lse = true},
+        {.name = "small f16", .dtype = F16, .q_len = 50, .kv_len = 90, .q_heads = 1, .dk_f32 = true, .grad_lse = true},
         {.name = "d64", .head_dim = 64, .q_len = 130, .kv_len = 140, .q_heads = 3},
         {.name = "f16", .dtype = F16, .q_len = 40, .kv_len = 70, .q_heads = 1, .spread = 3},
         {.name = "f16 d64", .dtype = F16, .head_dim = 64, .q_len = 33, .kv_len = 64, .out_f32 = true, .grad_f32 = true},

@@ -498,6 +498,16 @@ inline void tmap_encode_sw128(TensorMap* m, int rank, const void* base, const ui
         m->opaque[10 + i] = i < rank ? box[i] : 1;
     }
 }
+PRIM void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
+    uint8_t* const to = cpu::sm(dst, bytes, 16);
+    SHIM_CHECK(((uintptr_t)src & 15) == 0 && bytes % 16 == 0, "a bulk copy of bytes that are not at multiples of 16");
+    cpu::mb(bar);
+    cpu::asyncly([=] {
+        std::memcpy(to, src, bytes);
+        cpu::mb(bar).tx -= (long)bytes;
+        cpu::mbar_check(bar);
+    });
+}
 PRIM uint32_t swz128(uint32_t a) { return a ^ ((a >> 7) & 7) << 4; }
 namespace cpu {
 inline void tma_load(uint32_t dst, const TensorMap* m, uint32_t bar, int rank, std::vector<int64_t> at) {
@@ -623,9 +633,9 @@ inline void wgmma_issue(WArg me, const void* op) {
     });
 }
 }  // namespace cpu
-template <bool BF16_>
-PRIM void wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, int accum) {
-    cpu::wgmma_issue({d, nullptr, a, b, accum, 0, 128, BF16_ ? cpu::bf : cpu::half}, SHIM_OP);
+template <bool BF16_, int N>
+PRIM void wgmma_ss(float (&d)[N], uint64_t a, uint64_t b, int accum) {
+    cpu::wgmma_issue({d, nullptr, a, b, accum, 0, 2 * N, BF16_ ? cpu::bf : cpu::half}, SHIM_OP);
 }
 template <bool BF16_, int N>
 PRIM void wgmma_rs(float (&d)[N], const uint32_t (&a)[4], uint64_t b) {

@@ -44,7 +44,7 @@ MUTATIONS = [
     # Arithmetic.
     (SM80, "stat[m * 8 + i % 2].lse : own", "stat[m * 8].lse : own", "lse of the neighbour"),
     (SM80, "weight[t][m][i] * (slope[t][m][i] - delta)", "weight[t][m][i] * slope[t][m][i]", "delta is left out"),
-    (SM80, "KEYS ? p.dk : p.dq, sum0, p.softmax_scale", "KEYS ? p.dk : p.dq, sum0, 1.f", "dQ and dK without the scale"),
+    (SM80, "p.dq_f32, sum0, p.softmax_scale", "p.dq_f32, sum0, 1.f", "dQ and dK without the scale"),
     # Segments.
     (SM80, "            begun = true;\n            held = 0;", "            held = 0;", "folded segments are forgotten"),
     (SM80, "(int64_t)sum * p.batch + blockIdx.z", "(int64_t)sum + blockIdx.z", "sums of two kinds share a place"),
