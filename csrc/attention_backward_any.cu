@@ -74,7 +74,10 @@ PRIM void backward_any(const Backward& p) {
                 slope = fma_rn(x1[r * PITCH + d], y1[c * PITCH + d], slope);
             }
             // (Beyond the last query lse is inf; what keys get that nobody sees is not stored.)
-            const float weight = key < query_end(p, seen, query) ? ex2(fma_rn(score, p.scale, -stat.lse)) : 0.f;
+            // float32 stays in base e: each rounding that a change of base takes would be seen in all weights of a row.
+            const float weight = key >= query_end(p, seen, query) ? 0.f
+                                 : DTYPE == F32                   ? expf(fma_rn(score, p.softmax_scale, -stat.lse))
+                                                                  : ex2(fma_rn(score, p.scale, -stat.lse));
             weights[e] = weight;
             slopes[e] = weight * (slope - stat.delta);
         }
@@ -136,7 +139,7 @@ PRIM void backward_stats(const Backward& p) {
     if (lse != -INF) {
         const uint64_t out = row_address(p.out, b, h, i), grad = row_address(p.grad_out, b, h, i);
         const float sum = p.wide ? dot<DTYPE, 4>(out, p.out_f32, grad, p.head_dim) : dot<DTYPE, 1>(out, p.out_f32, grad, p.head_dim);
-        stat = {lse * LOG2E, sum - (p.grad_lse.ptr ? *(const float*)row_address(p.grad_lse, b, h, i) : 0.f)};
+        stat = {DTYPE == F32 ? lse : lse * LOG2E, sum - (p.grad_lse.ptr ? *(const float*)row_address(p.grad_lse, b, h, i) : 0.f)};
     }
     if (threadIdx.x % 32 == 0) ((Stat*)p.stats)[row] = stat;
 }

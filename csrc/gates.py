@@ -10,7 +10,7 @@ from sass import count
 
 REGISTER_FILE = 65536  # of a multiprocessor, in every architecture from sm_80 on
 PARAM_LIMIT = 4096  # bytes; what every driver takes
-UNTUNED = ("attention_any.cu",)  # readable, for any GPU: local memory is no fault there
+UNTUNED = ("attention_any.cu", "attention_backward_any.cu")  # readable, for any GPU: local memory is no fault there
 
 
 def figures(program: Program) -> list[str]:
@@ -73,14 +73,14 @@ def _instructions(source: str, counts: Counter) -> list[tuple[str, int, bool]]:
     rules = []
     if source not in UNTUNED:
         rules.append(("STL or LDL (local memory)", count(counts, "STL", "LDL"), False))
-    if source == "attention_sm90.cu":
+    if source in ("attention_sm90.cu", "attention_backward_sm90.cu"):
         rules.append(("HGMMA (wgmma)", count(counts, "HGMMA"), True))
         rules.append(("UTMALDG (tensor loads)", count(counts, "UTMALDG"), True))
         rules.append(("USETMAXREG (setmaxnreg)", count(counts, "USETMAXREG"), True))
         rules.append(("HMMA (mma.sync)", count(counts, "HMMA"), False))
-    if source in ("attention_sm80.cu", "decode.cu"):
+    if source in ("attention_sm80.cu", "attention_backward_sm80.cu", "decode.cu"):
         rules.append(("HMMA (mma.sync)", count(counts, "HMMA"), True))
-    if source == "attention_sm80.cu":
+    if source in ("attention_sm80.cu", "attention_backward_sm80.cu"):
         rules.append(("LDSM (ldmatrix)", count(counts, "LDSM"), True))
         rules.append(("16-byte LDGSTS (cp.async)", count(counts, "LDGSTS", modifier="128"), True))
     if source == "decode.cu":

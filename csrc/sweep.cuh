@@ -10,7 +10,7 @@
 #include "elements.cuh"
 #include "mask.cuh"
 
-// What is known of a query before: its lse in base 2, and delta. A query that sees no key, or is none: inf and 0, so that P is 0.
+// What is known of a query before: its lse in base 2 (for float32 in base e), and delta. A query that sees no key, or is none: inf and 0, so that P is 0.
 struct alignas(8) Stat {
     float lse, delta;
 };

@@ -147,6 +147,39 @@ def cuda_attention_workspace(
 ) -> int:
     """Bytes of workspace that `cuda_attention` wants for such a call."""
 
+def cuda_attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor | Sequence[Side],
+    v: torch.Tensor | Sequence[Side],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    q_start: int | None = None,
+    kv_start: torch.Tensor | None = None,
+    kv_end: torch.Tensor | None = None,
+    kv_len: int | None = None,
+    grad_lse: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+    stream: int = 0,
+    path: str = "auto",
+) -> None:
+    """Gradients of exact attention on one GPU, written to `dq`, `dk` and `dv`."""
+
+def cuda_attention_backward_workspace(
+    q: torch.Tensor,
+    k: torch.Tensor | Sequence[Side],
+    v: torch.Tensor | Sequence[Side],
+    *,
+    kv_len: int | None = None,
+) -> int:
+    """Bytes of workspace that `cuda_attention_backward` wants for such a call."""
+
 def cuda_merge_partials(
     outs: Sequence[torch.Tensor],
     lses: Sequence[torch.Tensor],

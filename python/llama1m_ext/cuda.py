@@ -170,6 +170,61 @@ def attention(
         )
 
 
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Pages,
+    v: Pages,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    causal: bool,
+    softmax_scale: float | None,
+    q_start: int | None,
+    kv_start: Tensor | int | None,
+    kv_end: Tensor | int | None,
+    kv_len: int | None,
+    grad_lse: Tensor | None = None,
+    path: str = "auto",
+) -> None:
+    """As `_core.attention_backward`, with the bounds of rows as tensors on the device, or ints. The same bits each time.
+
+    grad_out is rounded to q's dtype; k and v that are several pages are put together first, which is a copy. Beside the
+    results it takes 8 bytes for each query of each head, and where a sum has more than 65,536 terms at most 1 GiB, or what one
+    key head and its group need.
+    """
+    device = q.device
+    check(device)
+    with _at(device) as stream:
+        size = _core.cuda_attention_backward_workspace(q, k, v, kv_len=kv_len)  # refuses what is too large before any copy
+        grad_out = _streamable(grad_out.to(q.dtype) if isinstance(grad_out, Tensor) else grad_out)
+        k, v = _joined(k), _joined(v)
+        _core.cuda_attention_backward(
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dq,
+            dk,
+            dv,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            q_start=q_start,
+            kv_start=bound("kv_start", kv_start, q),
+            kv_end=bound("kv_end", kv_end, q),
+            kv_len=kv_len,
+            grad_lse=grad_lse,
+            workspace=_workspace(size, device),
+            stream=stream,
+            path=path,
+        )
+
+
 def merge_partials(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
     """As `_core.merge_partials`."""
     check(out.device)
@@ -240,6 +295,22 @@ def bound(name: str, x: Tensor | int | None, like: Tensor) -> Tensor | None:
     if not 0 <= x < 1 << 62:
         raise ValueError(f"{name}: expected a token from 0 to 2^62, got {x}")
     return torch.full((like.shape[0],), x, dtype=torch.int64, device=like.device)
+
+
+def _joined(x: Pages) -> Pages:
+    """Several dense pages as one tensor; anything else as it is."""
+    if isinstance(x, (list, tuple)) and len(x) > 1 and all(isinstance(page, Tensor) for page in x):
+        return torch.cat([page for page in x if isinstance(page, Tensor)], dim=2)
+    return x
+
+
+def _streamable(x: Tensor) -> Tensor:
+    """A gradient with rows that the fast kernels can read: what autograd hands over may be expanded, or lie anyhow."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return x  # the core names it and refuses
+    strides = [stride for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
+    even = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides[:-1])
+    return x if even and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _packed(x: Any) -> Any:

@@ -9,8 +9,18 @@ macro_rules! sources {
 }
 
 /// Sources that NVRTC compiles, one program each.
-pub const SOURCES: &[(&str, &str)] =
-    sources!["attention_any.cu", "attention_sm80.cu", "attention_sm90.cu", "decode.cu", "kv.cu", "merge.cu", "rope.cu"];
+pub const SOURCES: &[(&str, &str)] = sources![
+    "attention_any.cu",
+    "attention_backward_any.cu",
+    "attention_backward_sm80.cu",
+    "attention_backward_sm90.cu",
+    "attention_sm80.cu",
+    "attention_sm90.cu",
+    "decode.cu",
+    "kv.cu",
+    "merge.cu",
+    "rope.cu",
+];
 
 /// What they include, by name, in byte order of the names.
 pub const HEADERS: &[(&str, &str)] = sources![
@@ -22,6 +32,8 @@ pub const HEADERS: &[(&str, &str)] = sources![
     "phase.cuh",
     "ptx.cuh",
     "segment.cuh",
+    "sweep.cuh",
+    "tiles.cuh",
     "vectors.cuh",
     "walk.cuh",
 ];
@@ -41,9 +53,9 @@ pub struct Kernel {
 
 /// One kernel for each dtype.
 pub struct ByDtype {
-    f32: Kernel,
-    bf16: Kernel,
-    f16: Kernel,
+    pub(super) f32: Kernel,
+    pub(super) bf16: Kernel,
+    pub(super) f16: Kernel,
 }
 
 impl ByDtype {
@@ -57,7 +69,7 @@ impl ByDtype {
     }
 }
 
-const fn kernel(entry: &'static str, source: &'static str, threads: u32, smem: u32) -> Kernel {
+pub(super) const fn kernel(entry: &'static str, source: &'static str, threads: u32, smem: u32) -> Kernel {
     Kernel { entry, source, threads, smem }
 }
 
@@ -70,6 +82,7 @@ macro_rules! by_dtype {
         }
     };
 }
+pub(super) use by_dtype;
 
 /// Queries of a block of `attention_any`.
 pub const ANY_QUERIES: usize = 16;
@@ -145,7 +158,7 @@ pub fn decode(dtype: DType, head_dim: usize) -> Result<&'static Kernel> {
 }
 
 /// Of four kernels, bfloat16 before float16 and head_dim 64 before 128, the one for a call.
-fn tuned(kernels: &'static [Kernel; 4], dtype: DType, head_dim: usize) -> Result<&'static Kernel> {
+pub(super) fn tuned(kernels: &'static [Kernel; 4], dtype: DType, head_dim: usize) -> Result<&'static Kernel> {
     match (dtype, head_dim) {
         (DType::BF16, 64) => Ok(&kernels[0]),
         (DType::BF16, 128) => Ok(&kernels[1]),
@@ -181,10 +194,10 @@ pub const fn kv_smem(head_dim: usize) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn source(name: &str) -> &'static str {
+    pub(in super::super) fn source(name: &str) -> &'static str {
         SOURCES.iter().find(|(n, _)| *n == name).unwrap().1
     }
 

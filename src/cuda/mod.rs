@@ -4,6 +4,8 @@
 //! to torch's stream. All memory is torch's; nothing here allocates on a device or waits for one.
 
 pub mod attention;
+pub mod backward;
+pub mod backward_kernels;
 pub mod cubin;
 pub mod decode;
 pub mod driver;

@@ -192,6 +192,81 @@ pub struct Rope {
     pub rotation: Rotation,
 }
 
+/// A call of `backward_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Backward {
+    /// `[batch, q_heads, q_len, head_dim]`.
+    pub q: View,
+    /// `[batch, kv_heads, key_rows, head_dim]`.
+    pub k: View,
+    /// Likewise.
+    pub v: View,
+    /// As q.
+    pub grad_out: View,
+    /// As q; that dtype, or float32 where `out_f32`.
+    pub out: View,
+    /// float32 `[batch, q_heads, q_len]`.
+    pub lse: View,
+    /// Likewise; without an address: 0.
+    pub grad_lse: View,
+    /// As q, or float32.
+    pub dq: View,
+    /// As k, or float32.
+    pub dk: View,
+    /// Likewise.
+    pub dv: View,
+    /// int64 `[batch]` on the device; 0: none.
+    pub kv_start: u64,
+    /// Likewise.
+    pub kv_end: u64,
+    /// Position of query 0.
+    pub q_start: i64,
+    /// float32 pairs `[batch, q_heads, stats_len]`.
+    pub stats: u64,
+    /// float32 sums of segments; 0: there is one only.
+    pub total: u64,
+    /// Batch rows.
+    pub batch: i32,
+    /// Query heads.
+    pub q_heads: i32,
+    /// Key heads.
+    pub kv_heads: i32,
+    /// Queries.
+    pub q_len: i32,
+    /// Keys in use.
+    pub kv_len: i32,
+    /// Elements of a row.
+    pub head_dim: i32,
+    /// `q_len`, rounded up to a multiple of [`STATS`].
+    pub stats_len: i32,
+    /// Rows of k, in use or not.
+    pub key_rows: i32,
+    /// Whether keys after the query are hidden.
+    pub causal: i32,
+    /// Whether `out` is float32.
+    pub out_f32: i32,
+    /// Whether `dq` is.
+    pub dq_f32: i32,
+    /// Whether `dk` is.
+    pub dk_f32: i32,
+    /// Whether `dv` is.
+    pub dv_f32: i32,
+    /// First key head of the launch.
+    pub first_head: i32,
+    /// Key heads of the launch.
+    pub heads: i32,
+    /// Whether 4 elements of any row of `out` and `grad_out` begin at a multiple of their size.
+    pub wide: i32,
+    /// `softmax_scale * log2(e)`.
+    pub scale: f32,
+    /// `softmax_scale`.
+    pub softmax_scale: f32,
+}
+
+/// Queries that the stats of a head are padded to a multiple of.
+pub const STATS: usize = 128;
+
 /// A call of `kv_append`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]

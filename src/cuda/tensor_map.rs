@@ -4,7 +4,7 @@ use cudarc::driver::sys;
 
 use super::driver::said;
 use super::kernels::sm90_queries;
-use super::params::{Attn, View};
+use super::params::{Attn, Backward, View};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -27,6 +27,32 @@ pub struct Maps {
     q: TensorMap,
     k: [TensorMap; MAPS_PAGES],
     v: [TensorMap; MAPS_PAGES],
+}
+
+/// `Maps` of `csrc/attention_backward_sm90.cu`: what a block owns, and what it streams.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SweepMaps {
+    x: [TensorMap; 2],
+    y: [TensorMap; 2],
+}
+
+impl SweepMaps {
+    /// Those of a sweep of keys (`keys`) or of queries: boxes of `rows` and of `columns` rows.
+    ///
+    /// # Errors
+    /// When the driver refuses one.
+    pub fn new(call: &Backward, dtype: DType, keys: bool, rows: usize, columns: usize) -> Result<Self> {
+        let [batch, dim] = [call.batch, call.head_dim].map(|n| n as u64);
+        let pair = |names: [&str; 2], views: [&View; 2], len: i32, heads: i32, tile: usize| {
+            let one = |n: usize| encode(names[n], dtype, views[n], [dim, len as u64, heads as u64, batch], tile as u32);
+            Ok([one(0)?, one(1)?])
+        };
+        let (of_queries, of_keys) = if keys { (columns, rows) } else { (rows, columns) };
+        let queries = pair(["q", "grad_out"], [&call.q, &call.grad_out], call.q_len, call.q_heads, of_queries)?;
+        let of_keys = pair(["k", "v"], [&call.k, &call.v], call.kv_len, call.kv_heads, of_keys)?;
+        Ok(if keys { Self { x: of_keys, y: queries } } else { Self { x: queries, y: of_keys } })
+    }
 }
 
 /// Why the copy engine can't read rows of such a view; None: it can. Shape: `[batch, heads, rows]`.

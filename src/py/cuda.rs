@@ -33,17 +33,17 @@ pub(super) fn on_device<T: Send>(
 }
 
 /// k and v pages from tensors, tuples `(codes, params)`, or lists of them.
-struct Pages<'py> {
+pub(super) struct Pages<'py> {
     k: Vec<Bound<'py, PyAny>>,
     v: Vec<Bound<'py, PyAny>>,
 }
 
 impl<'py> Pages<'py> {
-    fn new(k: &Bound<'py, PyAny>, v: &Bound<'py, PyAny>) -> PyResult<Self> {
+    pub(super) fn new(k: &Bound<'py, PyAny>, v: &Bound<'py, PyAny>) -> PyResult<Self> {
         Ok(Self { k: tensor::items(k)?, v: tensor::items(v)? })
     }
 
-    fn view(&self, memory: &Memory, kv_len: Option<usize>) -> PyResult<KvRef<'_>> {
+    pub(super) fn view(&self, memory: &Memory, kv_len: Option<usize>) -> PyResult<KvRef<'_>> {
         let k = tensor::sides(memory, "k", &self.k, Axis::Channel)?;
         let v = tensor::sides(memory, "v", &self.v, Axis::Token)?;
         let held: usize = v.iter().map(|p| p.shape()[2]).sum();
@@ -52,7 +52,7 @@ impl<'py> Pages<'py> {
 }
 
 /// The address of one int64 entry for each batch row; 0: none.
-fn per_row(memory: &Memory, name: &str, o: Option<&Bound<'_, PyAny>>, batch: usize) -> PyResult<u64> {
+pub(super) fn per_row(memory: &Memory, name: &str, o: Option<&Bound<'_, PyAny>>, batch: usize) -> PyResult<u64> {
     let Some(o) = o else { return Ok(0) };
     let (at, shape) = memory.int64_address(name, o)?;
     if shape != [batch] {

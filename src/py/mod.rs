@@ -4,6 +4,8 @@ mod attention;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
+mod cuda_backward;
+#[cfg(feature = "cuda")]
 mod cuda_verbs;
 mod error;
 mod kv;
@@ -59,6 +61,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     {
         m.add_function(wrap_pyfunction!(cuda::cuda_attention, m)?)?;
         m.add_function(wrap_pyfunction!(cuda::cuda_attention_workspace, m)?)?;
+        m.add_function(wrap_pyfunction!(cuda_backward::cuda_attention_backward, m)?)?;
+        m.add_function(wrap_pyfunction!(cuda_backward::cuda_attention_backward_workspace, m)?)?;
         m.add_function(wrap_pyfunction!(cuda_verbs::cuda_merge_partials, m)?)?;
         m.add_function(wrap_pyfunction!(cuda_verbs::cuda_rope_apply, m)?)?;
         m.add_function(wrap_pyfunction!(cuda_verbs::cuda_kv_append, m)?)?;

@@ -74,6 +74,7 @@ int main(int argc, char** argv) {
         {.name = "nothing to see", .head_dim = 64, .q_len = 20, .kv_len = 70, .batch = 2, .causal = false, .kv_start = {30, 0}, .kv_end = {30, 70}},
         {.name = "rows not in use", .q_len = 40, .kv_len = 60, .q_heads = 1, .spare = 130, .grad_f32 = true},
         {.name = "a negative scale", .head_dim = 64, .q_len = 40, .kv_len = 40, .q_heads = 1, .scale = -0.2f},
+        {.name = "one key of very low scores", .head_dim = 64, .q_len = 40, .kv_len = 1, .causal = false, .spread = 60},
         {.name = "segments", .q_len = 150, .kv_len = 270, .q_heads = 4, .kv_heads = 2, .total = true},
         {.name = "segments d64", .head_dim = 64, .q_len = 170, .kv_len = 430, .batch = 2, .kv_start = {10, 0}, .grad_f32 = true, .total = true, .spread = 3},
     };

@@ -113,6 +113,31 @@ def test_pages_rope_and_merge(over, mode):
 
 
 @needs_compiler
+def test_gradients(over):
+    """Against float64 and eager attention's autograd; on a GPU of Hopper's kind."""
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "over_driver_backward.py", "-k", "not segment")
+    assert passed(over(*command)) >= 37
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "mode"), [("8.0", "random"), ("8.9", "lazy")])
+def test_gradients_elsewhere(over, capability, mode):
+    """Where the kernels for sm_90a don't run; and where a block gets less shared memory."""
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "over_driver_backward.py", "-k", "float64 or masks")
+    assert passed(over(*command, LLAMA1M_FAKE_CAPABILITY=capability, LLAMA1M_FAKE_MODE=mode)) >= 28
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+def test_gradients_of_many_terms(over, capability):
+    """Sums that go by way of float32 memory."""
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "over_driver_backward.py", "-k", "segment")
+    assert passed(over(*command, LLAMA1M_FAKE_CAPABILITY=capability)) == 2
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_on_another_gpu(over):
     """Where the kernels for sm_90a don't run, and asynchronous copies come as late as can be."""
