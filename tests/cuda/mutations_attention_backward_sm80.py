@@ -47,7 +47,7 @@ MUTATIONS = [
     (SM80, "p.dq_f32, sum0, p.softmax_scale", "p.dq_f32, sum0, 1.f", "dQ and dK without the scale"),
     # Segments.
     (SM80, "            begun = true;\n            held = 0;", "            held = 0;", "folded segments are forgotten"),
-    (SM80, "(int64_t)sum * p.batch + blockIdx.z", "(int64_t)sum + blockIdx.z", "sums of two kinds share a place"),
+    (SM80, "(int64_t)sum * p.batch", "(int64_t)0 * p.batch", "sums of two kinds share a place"),
     (SM80, "p.total + warp % S::SHARE * 256", "p.total", "two warps share a place of total"),
     (SEGMENT, "if (at.row[r] && begun)", "if (at.row[r])", "total is read before it is written"),
     (SEGMENT, "o[i] = 0.f;", "(void)o[i];", "a segment begins with what was folded"),

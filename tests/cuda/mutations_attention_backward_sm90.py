@@ -59,6 +59,6 @@ MUTATIONS = [
     (SM90, "p.dq_f32, sum0, p.softmax_scale", "p.dq_f32, sum0, 1.f", "dQ and dK without the scale"),
     # Segments.
     (SM90, "            begun = true;\n", "", "folded segments are forgotten"),
-    (SM90, "(int64_t)sum * p.batch + blockIdx.z", "(int64_t)sum + blockIdx.z", "sums of two kinds share a place"),
+    (SM90, "(int64_t)sum * p.batch", "(int64_t)0 * p.batch", "sums of two kinds share a place"),
     (SEGMENT, "if (at.row[r] && begun)", "if (at.row[r])", "total is read before it is written"),
 ]  # fmt: skip

@@ -31,10 +31,10 @@ def pytest_configure() -> None:
         import types
 
         ctypes.CDLL(DRIVER, mode=ctypes.RTLD_GLOBAL)  # whoever asks for libcuda.so.1 gets this one
-        from llama1m_ext import cuda, ops
+        from llama1m_ext import cuda, gradients, ops
 
         _over.enter_context(cuda.over_host_memory())
-        ops._core = types.SimpleNamespace()  # nothing falls back on the CPU's engine unseen
+        ops._core = gradients._core = types.SimpleNamespace()  # nothing falls back on the CPU's engine unseen
 
 
 @contextlib.contextmanager
