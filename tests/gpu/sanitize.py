@@ -11,7 +11,7 @@ from .machine import Machine
 from .section import Report
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-OURS = ("attention", "decode", "kv_", "rope", "merge")
+OURS = ("attention", "backward", "decode", "kv_", "rope", "merge")
 SMALL = """
 import torch, llama1m_ext
 from llama1m_ext import cuda, formats, ops
@@ -24,6 +24,9 @@ for head_dim in (64, 128):
     for path in paths:
         out, lse = torch.empty_like(a[0]), torch.empty(2, 8, 150, device="cuda")
         cuda.attention(*a, out, lse, causal=True, softmax_scale=None, q_start=None, kv_start=start, kv_end=None, kv_len=290, path=path)
+        a0, a1, a2 = a[0], a[1][:, :, :290].contiguous(), a[2][:, :, :290].contiguous()
+        grads = [torch.empty_like(x) for x in (a0, a1, a2)]
+        cuda.attention_backward(a0, a0, a1, a2, out, lse, *grads, causal=True, softmax_scale=None, q_start=None, kv_start=start, kv_end=None, kv_len=None, path=path)
     for name in formats.NAMES:
         page = formats.Page(*(formats.empty(name, w, (2, 2, 320, head_dim), a[1]) for w in ("k", "v")))
         inv_freq = 500000.0 ** (-torch.arange(head_dim // 2, dtype=torch.float64) / (head_dim // 2))

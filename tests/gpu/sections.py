@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from . import (
+    bench_backward,
     bench_decode,
     bench_prefill,
     check_attention,
+    check_backward,
     check_kv,
     check_long,
     check_runtime,
@@ -18,9 +20,11 @@ from .section import Section
 SECTIONS = [
     Section("environment", "The machine, the package, the compiler", 60, environment.run),
     Section("attention", "Attention kernels against float64", 240, check_attention.run),
+    Section("gradients", "Gradients of attention against float64", 240, check_backward.run),
     Section("kv", "Pages in every format, rope, merges", 180, check_kv.run),
     Section("runtime", "Graphs, streams, threads, errors, compiling on first use", 180, check_runtime.run),
     Section("prefill", "Prefill beside torch's kernels", 240, bench_prefill.run),
+    Section("backward", "Gradients of attention beside torch's kernels", 240, bench_backward.run, quick=False),
     Section("decode", "Decode against copy bandwidth", 180, bench_decode.run),
     Section("long", "A million keys against float64", 120, check_long.run),
     Section("verbs", "Appending, reading, rotating, merging against copy bandwidth", 60, bench_decode.run_verbs),

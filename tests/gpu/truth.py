@@ -49,6 +49,70 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.nan_to_num(scores.float().softmax(-1)).to(q.dtype) @ v
 
 
+def gradients(
+    tensors: tuple[Tensor, Tensor, Tensor], mask: Tensor, grad_out: Tensor, grad_lse: Tensor | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """Those of q, k and v by autograd of eager attention: products in the dtype, softmax in float32, or all in float64. What no query
+    of its batch row sees gets 0, whatever it is."""
+    q, k, v = (x.detach().to(dtype) for x in tensors)
+    hidden = ~mask.any(2).expand(q.shape[0], 1, k.shape[2])[..., None]
+    leaves = [x.requires_grad_() for x in (q.clone(), k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0))]
+    group = q.shape[1] // k.shape[1]
+    wide_k, wide_v = (x.repeat_interleave(group, 1) for x in leaves[1:])
+    wide = torch.promote_types(dtype, torch.float32)
+    empty = ~mask.any(-1, keepdim=True)
+    scores = ((leaves[0] @ wide_k.transpose(-1, -2)) / math.sqrt(q.shape[3])).to(wide)
+    scores = scores.masked_fill(~mask, -math.inf).masked_fill(empty, 0.0)
+    out = scores.softmax(-1).masked_fill(empty, 0.0).to(dtype) @ wide_v
+    loss = (out.to(wide) * grad_out.to(wide)).sum()
+    if grad_lse is not None:
+        loss = loss + (scores.logsumexp(-1) * grad_lse.masked_fill(empty[..., 0].expand_as(grad_lse), 0.0)).sum()
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def sampled_gradients(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, rows: Tensor, *, causal: bool
+) -> list[Tensor]:
+    """dq, dk and dv at a few positions (as many queries as keys) in float64, a block of the others at a time, from out and lse as they
+    are given."""
+    batch, q_heads, length, head_dim = q.shape
+    kv_heads, scale = k.shape[1], 1 / math.sqrt(head_dim)
+    split = (batch, kv_heads, q_heads // kv_heads)
+
+    def by_group(x: Tensor) -> Tensor:
+        return x.double().reshape(*split, *x.shape[2:])
+
+    of_rows = [by_group(x[:, :, rows]) for x in (q, grad_out, out)]
+    row_lse = by_group(lse[:, :, rows])
+    row_k, row_v = (x[:, :, rows].double() for x in (k, v))
+    dq, dk, dv = torch.zeros_like(of_rows[0]), torch.zeros_like(row_k), torch.zeros_like(row_v)
+
+    def slopes(
+        q: Tensor, g: Tensor, o: Tensor, lse: Tensor, k: Tensor, v: Tensor, seen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights = ((q @ k[:, :, None].transpose(-1, -2)) * scale - lse[..., None]).exp().masked_fill(~seen, 0.0)
+        return weights, weights * (g @ v[:, :, None].transpose(-1, -2) - (g * o).sum(-1, keepdim=True)) * scale
+
+    step = 4096
+    for start in range(0, length, step):
+        at = torch.arange(start, min(length, start + step), device=q.device)
+        here = slice(start, start + step)
+        keys, values = k[:, :, here].double(), v[:, :, here].double()
+        seen = (
+            (at[None, :] <= rows[:, None])
+            if causal
+            else torch.ones(len(rows), len(at), dtype=torch.bool, device=q.device)
+        )
+        _, slope = slopes(*of_rows, row_lse, keys, values, seen)
+        dq += slope @ keys[:, :, None]
+        some = [by_group(x[:, :, here]) for x in (q, grad_out, out)]
+        seen = (rows[None, :] <= at[:, None]) if causal else seen.transpose(0, 1)
+        weights, slope = slopes(*some, by_group(lse[:, :, here]), row_k, row_v, seen)
+        dk += (slope.transpose(-1, -2) @ some[0]).sum(2)
+        dv += (weights.transpose(-1, -2) @ some[1]).sum(2)
+    return [dq.reshape(batch, q_heads, len(rows), head_dim), dk, dv]
+
+
 def long_rows(q: Tensor, k: Tensor, v: Tensor, *, last: Tensor) -> tuple[Tensor, Tensor]:
     """Out and lse in float64 of a few queries over very many keys, a block of keys at a time. `last`: the last key that each
     query sees, int64 `[q_len]`."""

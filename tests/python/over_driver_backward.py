@@ -215,7 +215,9 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize(
-    "shape", [{"q_len": 4110, "kv_len": 9, "group": 16, "causal": False}, {"q_len": 3, "kv_len": 65_700, "group": 1}], ids=str
+    "shape",
+    [{"q_len": 4110, "kv_len": 9, "group": 16, "causal": False}, {"q_len": 3, "kv_len": 65_700, "group": 1}],
+    ids=str,
 )
 def test_more_terms_than_a_segment(shape):
     """Sums of more than 65,536 terms go by way of float32 memory, heads of keys in turn."""
