@@ -199,7 +199,8 @@ def attention_backward(
     device = q.device
     check(device)
     with _at(device) as stream:
-        size = _core.cuda_attention_backward_workspace(q, k, v, kv_len=kv_len)  # refuses what is too large before any copy
+        # First of all, for it refuses what is too large before any copy.
+        size = _core.cuda_attention_backward_workspace(q, k, v, kv_len=kv_len)
         grad_out = _streamable(grad_out.to(q.dtype) if isinstance(grad_out, Tensor) else grad_out)
         k, v = _joined(k), _joined(v)
         _core.cuda_attention_backward(
@@ -310,7 +311,9 @@ def _streamable(x: Tensor) -> Tensor:
         return x  # the core names it and refuses
     strides = [stride for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
     even = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides[:-1])
-    return x if even and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    if even and x.stride(-1) == 1 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _packed(x: Any) -> Any:
