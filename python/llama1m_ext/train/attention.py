@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import cuda, ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,7 +48,8 @@ class Exact:
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert lse is not None
         dq, dk, dv = ops.attention_backward(grad, q, k, v, out, lse, softmax_scale=scale)
-        return dq, dk, dv  # type: ignore[return-value]  # lists where k and v are
+        assert isinstance(dk, Tensor) and isinstance(dv, Tensor)
+        return dq, dk, dv
 
 
 class Torch:
@@ -122,7 +123,8 @@ class Apart:
 
 def chosen(dtype: torch.dtype, device: torch.device) -> Attention:
     """What computes attention for tensors of this kind."""
-    served = device.type == "cpu" and dtype in DTYPES and hasattr(ops, "attention_backward")
+    served = dtype in DTYPES and (device.type == "cpu" or hasattr(cuda, "attention_backward"))
+    served = served and cuda.unserved(device) is None
     return Exact() if served else Torch()
 
 
