@@ -161,7 +161,7 @@ def test_bfloat16_weights_have_float32_masters(tmp_path):
 def test_autocast_and_a_dtype_of_the_folder(tmp_path):
     made = run(tmp_path / "out", autocast=True, save_dtype="bfloat16")
     assert losses(tmp_path / "out")[7] < losses(tmp_path / "out")[0]
-    loaded = AutoModelForCausalLM.from_pretrained(made.stages[-1].folder)
+    loaded = AutoModelForCausalLM.from_pretrained(made.stages[-1].folder, dtype="auto")  # 4.57's default is float32
     assert loaded.dtype == torch.bfloat16
     assert made.model.dtype == torch.float32
 
@@ -302,7 +302,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, uninterrupted,
 
     for _ in range(60):
         last = found(out)[0].name if found(out) else ""
-        status = forked(work, dice.uniform(0.02, 0.7), number)
+        status = forked(work, dice.uniform(0.02, 0.15 if deaths < 2 else 0.7), number)  # a fast machine is soon done
         if status == 0:
             break
         deaths += 1
