@@ -102,13 +102,15 @@ def case(dtype: str, length: int, heads: tuple[int, int, int], threads: int) -> 
         rest = [x.float().unflatten(1, (kv_heads, -1)).sum(2) for x in rest]
         return torch.cat([dq.float(), *rest], 1)
 
-    wide = tuple(x.detach().repeat_interleave(group, 1).requires_grad_() for x in (k, v))
-    calls = [Call(OURS, partial(backward, ops.attention(q, k, v), (q, k, v)), flop, output=stacked)]
+    wide_k, wide_v = (x.detach().repeat_interleave(group, 1).requires_grad_() for x in (k, v))
+    out = ops.attention(q, k, v)
+    assert isinstance(out, Tensor)
+    calls = [Call(OURS, partial(backward, out, (q, k, v)), flop, output=stacked)]
     with_gqa = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     calls.append(Call("torch is_causal, enable_gqa", partial(backward, with_gqa, (q, k, v)), flop, output=stacked))
     if group > 1:
-        repeated = F.scaled_dot_product_attention(q, *wide, is_causal=True)
-        call = partial(backward, repeated, (q, *wide))
+        repeated = F.scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True)
+        call = partial(backward, repeated, (q, wide_k, wide_v))
         calls.append(Call("torch is_causal, K/V repeated untimed", call, flop, output=stacked))
     return Case(
         name=f"backward of square {length}, {q_heads} q heads, {kv_heads} kv heads, head_dim {head_dim}",
