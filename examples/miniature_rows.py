@@ -38,6 +38,8 @@ FIRST = [
     task(FIRST_LENGTH, facts=6, repeats=1, questions=5, rows=4),
 ]
 """The curriculum of the first training, easy ones first."""
+SHARP = task(FIRST_LENGTH, facts=16, repeats=4, questions=6, rows=4)
+"""What ends the first training: more facts to confuse."""
 TEXT_EVERY = 4
 """Of the rows of a longer stage every fourth is text alone."""
 TEXT_WEIGHT = 0.2

@@ -3,10 +3,11 @@
     python examples/train_miniature.py --out DIR            # everything; goes on where it was when it is run again
     python examples/train_miniature.py --out DIR --smoke    # seconds, learns nothing: shows that all parts run
 
-A model with the demo's architecture learns to find numbers in text of 512 tokens, at positions without gaps. Then come:
+A model with the demo's architecture learns to find numbers in text of 512 tokens, at positions without gaps (`learned`, easy rows first,
+then `first`, harder ones). Compared are:
 
 - `first`: that model at lengths that it never saw;
-- `theta-4k`, `theta-16k`: theta changed for 4096 and 16384 tokens by the model card's rule (dynamic NTK, alpha 4), not trained further;
+- `theta-4k`, `theta-8k`: theta changed for 4096 and 8192 tokens by the model card's rule (dynamic NTK, alpha 4), not trained further;
 - `kept`: trained on the rows of both longer stages, theta left as it was;
 - `extended-4k`, `extended`: the same training, on the same rows, with the theta of each stage: `llama1m extend`.
 
@@ -34,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from miniature_first import THETA, train_first
+from miniature_first import THETA, learn, sharpen
 from miniature_results import draw, measure, tables, write_json
 from miniature_rows import FIRST_LENGTH, MiniatureRows
 from tokenizers import Tokenizer
@@ -47,9 +48,9 @@ from llama1m_ext.train import Run, extend
 
 HERE = Path(__file__).parent
 STAGES = HERE / "miniature" / "stages.toml"
-SAMPLES = {512: 4, 1024: 4, 2048: 4, 4096: 4, 8192: 4, 16384: 3, 32768: 1}
+SAMPLES = {512: 4, 1024: 4, 2048: 4, 4096: 4, 8192: 4, 16384: 2, 32768: 1}
 """Lengths in tokens at which needles are looked for, and the texts for each; a text has a needle at each depth."""
-ROW, ROWS = 32768, 2
+ROW, ROWS = 16384, 3
 """Tokens of a row whose perplexity is taken, and rows."""
 
 
@@ -100,12 +101,12 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(MODEL_PATH / "tokenizer.json"))
     filler = np.array(tokenizer.encode(training, add_special_tokens=False).ids)
 
+    if not (learned := args.out / "learned").is_dir():
+        with parts.part("learned"), _whole(learned) as folder:
+            learn(tokenizer, MiniatureRows(tokenizer, filler, args.seed), folder, seed=args.seed, smoke=args.smoke)
     if not first.is_dir():
         with parts.part("first"), _whole(first) as folder:
-            torch.manual_seed(args.seed)
-            train_first(
-                tokenizer, MiniatureRows(tokenizer, filler, args.seed), folder, seed=args.seed, smoke=args.smoke
-            )
+            sharpen(tokenizer, MiniatureRows(tokenizer, filler, args.seed + 1), learned, folder, smoke=args.smoke)
     for stage in run.stages:
         if not (folder := args.out / "rows" / stage.name).is_dir():
             folder.parent.mkdir(exist_ok=True)
