@@ -43,6 +43,8 @@ def run(out, *words):
     return done.stdout
 
 
+@pytest.mark.slow  # .ci/run runs it once, in step demo
+@pytest.mark.timeout(900)
 def test_the_script_makes_everything_and_goes_on(tmp_path):
     out = tmp_path / "out"
     text = run(out)
