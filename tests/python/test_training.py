@@ -96,7 +96,8 @@ def test_trainer_over_packed_rows(tmp_path):
     them falls as well: what is compared is stock's, and each row alone."""
     collator = DataCollatorWithFlattening(return_tensors="pt")
     (model, losses), (other, others) = both(lambda: trained(tmp_path, collator))
-    assert losses == pytest.approx(others, rel=2e-3)  # packed rows are stock's; those that a cache hides from 4.57 are not
+    # Packed rows are stock's; those that a cache hides from 4.57 are not.
+    assert losses == pytest.approx(others, rel=2e-3)
     near_weights(model, other, 2e-2)
     batch = {key: value for key, value in collator(rows()[:3]).items() if isinstance(value, torch.Tensor)}
     model.eval()
