@@ -7,9 +7,9 @@ A model with the demo's architecture learns to find numbers in text of 512 token
 then `first`, harder ones). Compared are:
 
 - `first`: that model at lengths that it never saw;
-- `theta-4k`, `theta-8k`: theta changed for 4096 and 8192 tokens by the model card's rule (dynamic NTK, alpha 4), not trained further;
-- `kept`: trained on the rows of both longer stages, theta left as it was;
-- `extended-4k`, `extended`: the same training, on the same rows, with the theta of each stage: `llama1m extend`.
+- `theta-4k`, `theta-8k`, `theta-16k`: theta changed for so many tokens by the model card's rule (dynamic NTK, alpha 4), not trained further;
+- `kept`: trained on the rows of all longer stages, theta left as it was;
+- `extended-4k`, `extended-8k`, `extended`: the same training, on the same rows, with the theta of each stage: `llama1m extend`.
 
 Each answers questions about needles at eleven depths of texts of up to 32768 tokens, and its perplexity is taken by position. The text
 is a novel that none was trained on. In DIR are then results.json, results.md, a heat map for each, perplexity.png and the models.
@@ -77,13 +77,13 @@ class Parts:
             print(f"{name}: {self.made[name]['seconds']} s, {self.made[name]['cpu_seconds']} s of CPU", flush=True)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Makes what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for models, rows and results")
     parser.add_argument("--smoke", action="store_true", help="a smaller model, a few steps, short texts")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     args.out.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="length: .*max_position_embeddings")  # that is the question here
