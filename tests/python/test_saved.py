@@ -504,7 +504,8 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, command):
         assert str(path) in answer.output
     with pytest.raises(OSError, match="pipe"):
         LongCache.load(tmp_path / "pipe", testing.tiny_model())
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors  # others', of earlier tests, may be gone since
 
 
 def test_info_does_not_wait_for_transformers(run_python, tmp_path):
