@@ -162,8 +162,8 @@ PRIM void backward_sm80(const Backward& p) {
     if (!KEYS)
         UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int r = 0; r < 2; r++)
             own[t][r] = stats_of(p, b, head)[row + t * 16 + r * 8];
-    int held = 0;        // columns whose products are in the sums
-    bool begun = false;  // others are in total
+    constexpr int FOLD = SEGMENT / S::COLUMNS;  // steps of a segment
+    int steps = 0;
 
     Sweep<KEYS, S::COLUMNS> sweep;
     sweep.begin(p, seen, row0, S::ROWS, head);
@@ -174,60 +174,57 @@ PRIM void backward_sm80(const Backward& p) {
         load_rows<D, S::ROWS, S::THREADS>(x1, row_address(v1, b, head, row0), v1.row_stride, row_hi - row0);
         load_step<KEYS, D, S>(p, sweep, y, stats, b, kv_head);
     }
-    int stage = 0;
     while (const int n = sweep.n()) {
         const int at = sweep.at;
         cp_async_wait<0>();
         block_sync();  // this step is there, and nobody reads the last one any more
+        const int stage = steps & 1, next = stage ^ 1;
         const uint32_t y0 = y + stage * 2 * S::Y, y1 = y0 + S::Y;
         const Stat* const stat = (const Stat*)(smem + 2 * S::X + 4 * S::Y + stage * S::STAT) + share * S::OWN + lane % 4 * 2;
-        stage ^= 1;
         sweep.next();
-        if (sweep.n()) load_step<KEYS, D, S>(p, sweep, y + stage * 2 * S::Y, stats + stage * S::STAT, b, kv_head);
-        if (p.total && held + S::COLUMNS > SEGMENT) {
+        if (sweep.n()) load_step<KEYS, D, S>(p, sweep, y + next * 2 * S::Y, stats + next * S::STAT, b, kv_head);
+        if (p.total && steps > 0 && steps % FOLD == 0) {
             const float keep[2] = {1.f, 1.f};
             UNROLL for (int t = 0; t < TILES; t++) {
-                fold(sum0[t], total_of<KEYS, D, S>(p, 0, t), keep, begun);
-                if (KEYS) fold(sum1[t], total_of<KEYS, D, S>(p, 1, t), keep, begun);
+                fold(sum0[t], total_of<KEYS, D, S>(p, 0, t), keep, steps > FOLD);
+                if (KEYS) fold(sum1[t], total_of<KEYS, D, S>(p, 1, t), keep, steps > FOLD);
             }
-            begun = true;
-            held = 0;
         }
-        held += S::COLUMNS;
+        steps++;
 
-        // Weights: exp2(scale X0 Y0^T - lse).
+        // As many columns at a time as there are registers for.
+        constexpr int PART = KEYS && D == 64 ? 16 : S::OWN, K = S::OWN / 16;
         const int a_row = warp / S::SHARE * 32 + lane % 16, b_row = share * S::OWN + lane / 16 * 8 + lane % 8;
-        float weight[TILES][S::OWN / 8][4], slope[TILES][S::OWN / 8][4];
-        multiply<BF16_, D, S::OWN>(weight, chunk_at<D>(x0, a_row, lane / 16), chunk_at<D>(y0, b_row, lane / 8 % 2));
-        const int column = at + share * S::OWN + lane % 4 * 2;  // this thread's columns: that one, the next, and every 8 after
-        UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int m = 0; m < S::OWN / 8; m++) UNROLL for (int i = 0; i < 4; i++) {
-            const float lse = KEYS ? stat[m * 8 + i % 2].lse : own[t][i / 2].lse;
-            weight[t][m][i] = ex2(fma_rn(weight[t][m][i], p.scale, -lse));
-        }
-        // Hidden ones are 0: by causality where the step crosses the diagonal, beyond the last key. (Beyond the last query P is 0.)
-        const bool whole = KEYS ? row0 + S::ROWS - 1 <= at + offset : n == S::COLUMNS && at + S::COLUMNS - 1 <= row0 + offset;
-        if (!whole)
-            UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int m = 0; m < S::OWN / 8; m++) UNROLL for (int i = 0; i < 4; i++) {
-                const int r = row + t * 16 + i / 2 * 8, c = column + m * 8 + i % 2;
-                const bool visible = KEYS ? r <= c + offset : c <= r + offset && c < at + n;
-                weight[t][m][i] = visible ? weight[t][m][i] : 0.f;
-            }
-        // Slopes: P (X1 Y1^T - delta).
-        multiply<BF16_, D, S::OWN>(slope, chunk_at<D>(x1, a_row, lane / 16), chunk_at<D>(y1, b_row, lane / 8 % 2));
-        UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int m = 0; m < S::OWN / 8; m++) UNROLL for (int i = 0; i < 4; i++) {
-            const float delta = KEYS ? stat[m * 8 + i % 2].delta : own[t][i / 2].delta;
-            slope[t][m][i] = weight[t][m][i] * (slope[t][m][i] - delta);
-        }
-
-        constexpr int K = S::OWN / 16;
         uint32_t w[K][TILES][4], ds[K][TILES][4];
-        round_operands<BF16_, S::OWN>(ds, slope);
+        UNROLL for (int part = 0; part < S::OWN; part += PART) {
+            // Weights: exp2(scale X0 Y0^T - lse).
+            float weight[TILES][PART / 8][4], slope[TILES][PART / 8][4];
+            multiply<BF16_, D, PART>(weight, chunk_at<D>(x0, a_row, lane / 16), chunk_at<D>(y0, b_row, lane / 8 % 2) + part * D * 2);
+            const int column = at + share * S::OWN + part + lane % 4 * 2;  // this thread's columns: that one, the next, and every 8 after
+            UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int m = 0; m < PART / 8; m++) UNROLL for (int i = 0; i < 4; i++) {
+                const float lse = KEYS ? stat[part + m * 8 + i % 2].lse : own[t][i / 2].lse;
+                weight[t][m][i] = ex2(fma_rn(weight[t][m][i], p.scale, -lse));
+            }
+            // Hidden ones are 0: by causality where the step crosses the diagonal, beyond the last key. (Beyond the last query P is 0.)
+            const bool whole = KEYS ? row0 + S::ROWS - 1 <= at + offset : n == S::COLUMNS && at + S::COLUMNS - 1 <= row0 + offset;
+            if (!whole)
+                UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int m = 0; m < PART / 8; m++) UNROLL for (int i = 0; i < 4; i++) {
+                    const int r = row + t * 16 + i / 2 * 8, c = column + m * 8 + i % 2;
+                    const bool visible = KEYS ? r <= c + offset : c <= r + offset && c < at + n;
+                    weight[t][m][i] = visible ? weight[t][m][i] : 0.f;
+                }
+            // Slopes: P (X1 Y1^T - delta).
+            multiply<BF16_, D, PART>(slope, chunk_at<D>(x1, a_row, lane / 16), chunk_at<D>(y1, b_row, lane / 8 % 2) + part * D * 2);
+            UNROLL for (int t = 0; t < TILES; t++) UNROLL for (int m = 0; m < PART / 8; m++) UNROLL for (int i = 0; i < 4; i++) {
+                const float delta = KEYS ? stat[part + m * 8 + i % 2].delta : own[t][i / 2].delta;
+                slope[t][m][i] = weight[t][m][i] * (slope[t][m][i] - delta);
+            }
+            round_operands<BF16_, PART>((uint32_t(&)[PART / 16][TILES][4])ds[part / 16], slope);
+            if (KEYS) round_operands<BF16_, PART>((uint32_t(&)[PART / 16][TILES][4])w[part / 16], weight);
+        }
         uint8_t* const mine = handed + warp * S::HANDED;
         if (S::SHARE > 1) hand_over(mine, ds, lane);
-        if (KEYS) {
-            round_operands<BF16_, S::OWN>(w, weight);
-            if (S::SHARE > 1) hand_over(mine + S::HANDED / 2, w, lane);
-        }
+        if (KEYS && S::SHARE > 1) hand_over(mine + S::HANDED / 2, w, lane);
         const uint32_t place = chunk_at<D>(0, lane % 16, lane / 16) + share * 128;  // of 64 channels of the sums
         accumulate<BF16_, D>(sum0, ds, y0 + place + share * S::OWN * D * 2);
         if (KEYS) accumulate<BF16_, D>(sum1, w, y1 + place + share * S::OWN * D * 2);
@@ -244,7 +241,7 @@ PRIM void backward_sm80(const Backward& p) {
         }
     }
 
-    if (begun) {
+    if (p.total && steps > FOLD) {
         const float keep[2] = {1.f, 1.f};
         UNROLL for (int t = 0; t < TILES; t++) {
             unfold(sum0[t], total_of<KEYS, D, S>(p, 0, t), keep);

@@ -3,8 +3,8 @@
 //
 // A block has ROWS rows of X0 and X1 in shared memory. Its first warpgroup loads: one thread of it asks the tensor copy engine for the
 // rows of Y0 and Y1 that come next, STAGES of them ahead. The two others have 64 rows each: X0 Y0^T and X1 Y1^T (P and dS, or their
-// transposes) are computed by the tensor cores from shared memory, and become operands of the sums in registers. While one step's sums
-// are computed, the next step's X0 Y0^T is already given to the tensor cores; while X1 Y1^T is, P is worked out.
+// transposes) are computed by the tensor cores from shared memory, and become operands of the sums in registers. P is worked out while
+// X1 Y1^T is computed; beyond that the two warpgroups fill each other's waits, for there are no registers for a second step under way.
 //
 //   backward_keys_sm90_*     grid: x = tiles of keys (the first ones meet most queries), y = key heads of the launch, z = batch
 //   backward_queries_sm90_*  grid: x = (head of the group fastest, then tiles of queries, the last first), y, z likewise
@@ -194,7 +194,6 @@ PRIM void consume(const Backward& p, const Places<KEYS, D>& at, uint8_t* smem, I
     while (sweep.n()) {
         float weight[N], slope[N];
         uint32_t w[K][4], ds[K][4];
-        uint32_t last = 0;  // the barrier of the stage that sums on their way read
         mbar_wait(at.full + 8 * ring.stage, ring.parity);
         start_product<BF16_, D, C>(weight, x0, at.y + ring.stage * 2 * Y<KEYS, D>);
         for (int held = 0;;) {  // columns whose products are in the sums
@@ -202,10 +201,6 @@ PRIM void consume(const Backward& p, const Places<KEYS, D>& at, uint8_t* smem, I
             const uint32_t y0 = at.y + ring.stage * 2 * Y<KEYS, D>, y1 = y0 + Y<KEYS, D>;
             const uint8_t* const stat = smem + (at.stats - at.x0) + ring.stage * STAT<KEYS, D> + lane % 4 * 16;  // of two columns
             const int column = sweep.at + lane % 4 * 2;  // this thread's columns: that one, the next, and every 8 after
-            wgmma_wait<1>();
-            if (KEYS) pin(sum1);
-            pin(sum0);
-            if (last) release(last, lane);
             start_product<BF16_, D, C>(slope, x1, y1);
             wgmma_wait<1>();
             pin(weight);
@@ -228,13 +223,7 @@ PRIM void consume(const Backward& p, const Places<KEYS, D>& at, uint8_t* smem, I
                     const bool visible = KEYS ? r <= column + c + offset : column + c <= r + offset && column + c < sweep.at + n;
                     weight[i] = visible ? weight[i] : 0.f;
                 }
-            if (KEYS) {
-                round_operands<BF16_>(w, weight);
-                start_sums<BF16_, D, C>(sum1, w, y1);
-                wgmma_wait<1>();
-            } else {
-                wgmma_wait<0>();
-            }
+            wgmma_wait<0>();
             pin(slope);
 
             // Slopes: P (X1 Y1^T - delta).
@@ -251,9 +240,16 @@ PRIM void consume(const Backward& p, const Places<KEYS, D>& at, uint8_t* smem, I
                 clear_rows<D, C>(smem + (y0 - at.x0), n, threadIdx.x % 128);
                 named_bar_sync(1 + group, 128);
             }
+            if (KEYS) {  // not before: P as numbers and as operands, beside the slopes, would be more than there are registers
+                round_operands<BF16_>(w, weight);
+                start_sums<BF16_, D, C>(sum1, w, y1);
+            }
             round_operands<BF16_>(ds, slope);
             start_sums<BF16_, D, C>(sum0, ds, y0);
-            last = at.empty + 8 * ring.stage;
+            wgmma_wait<0>();
+            if (KEYS) pin(sum1);
+            pin(sum0);
+            release(at.empty + 8 * ring.stage, lane);
             ring.advance();
             sweep.next();
             held += C;
@@ -261,10 +257,6 @@ PRIM void consume(const Backward& p, const Places<KEYS, D>& at, uint8_t* smem, I
             mbar_wait(at.full + 8 * ring.stage, ring.parity);
             start_product<BF16_, D, C>(weight, x0, at.y + ring.stage * 2 * Y<KEYS, D>);
         }
-        wgmma_wait<0>();
-        if (KEYS) pin(sum1);
-        pin(sum0);
-        release(last, lane);
         if (sweep.n()) {
             const float keep[2] = {1.f, 1.f};
             fold(sum0, total_of<KEYS, D>(p, 0), keep, begun);

@@ -7,7 +7,7 @@ MUTATIONS = [
     (SM80, "        block_sync();  // this step is there", "        // this step is there", "no barrier between copies and their use by other warps"),
     (SM80, "            named_bar_sync(1 + warp / S::SHARE, 32 * S::SHARE);  // the other half", "            // the other half", "the other warp's half is used before it is there"),
     (SM80, "named_bar_sync(1 + warp / S::SHARE", "named_bar_sync(1 + warp % S::SHARE", "the wrong warps wait for each other"),
-    (SM80, "        stage ^= 1;\n", "", "a step's columns are overwritten while they are read"),
+    (SM80, "next = stage ^ 1;", "next = stage;", "a step's columns are overwritten while they are read"),
     # Layouts.
     (SM80, "(warp ^ 1) * S::HANDED", "warp * S::HANDED", "a warp takes its own half twice"),
     (SM80, "other = (share ^ 1) * S::OWN", "other = share * S::OWN", "the other half's weights with its own columns"),
@@ -42,11 +42,11 @@ MUTATIONS = [
     (SM80, "i >= (KEYS ? p.key_rows : p.q_len)", "i >= (KEYS ? p.kv_len : p.q_len)", "gradients of rows that are not in use are left as they were"),
     (MASK, "return {lo, hi < lo ? lo : hi};", "return {lo, p.kv_len};", "keys after kv_end are seen"),
     # Arithmetic.
-    (SM80, "stat[m * 8 + i % 2].lse : own", "stat[m * 8].lse : own", "lse of the neighbour"),
+    (SM80, "stat[part + m * 8 + i % 2].lse : own", "stat[part + m * 8].lse : own", "lse of the neighbour"),
     (SM80, "weight[t][m][i] * (slope[t][m][i] - delta)", "weight[t][m][i] * slope[t][m][i]", "delta is left out"),
     (SM80, "p.dq_f32, sum0, p.softmax_scale", "p.dq_f32, sum0, 1.f", "dQ and dK without the scale"),
     # Segments.
-    (SM80, "            begun = true;\n            held = 0;", "            held = 0;", "folded segments are forgotten"),
+    (SM80, "    if (p.total && steps > FOLD) {", "    if (p.total && steps < 0) {", "folded segments are forgotten"),
     (SM80, "(int64_t)sum * p.batch", "(int64_t)0 * p.batch", "sums of two kinds share a place"),
     (SM80, "p.total + warp % S::SHARE * 256", "p.total", "two warps share a place of total"),
     (SEGMENT, "if (at.row[r] && begun)", "if (at.row[r])", "total is read before it is written"),
