@@ -50,7 +50,7 @@ def run(monkeypatch, capsys):
     logging.set_verbosity(verbosity)
 
 
-@pytest.mark.slow  # .ci/run runs it once, in step demo
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_script_makes_everything_and_goes_on(run, tmp_path):
     out = tmp_path / "out"
