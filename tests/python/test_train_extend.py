@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import resource
 import signal
+import sys
 import time
-import warnings
+import traceback
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -257,29 +261,44 @@ def test_tensorboard(tmp_path):
 # -- kills --------------------------------------------------------------------------------------------------------------
 
 
-def forked(work, sleep: float | None = None, number: int = signal.SIGKILL) -> int:
-    """Runs `work` in a process of its own; a signal comes after a while. Returns its exit status as `waitpid` gives it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of threads; there is one that computes
-        pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 2)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            work()
-            code = 0
-        except Interrupted as e:
-            code = 130 if "--resume goes on" in str(e) else 2
-        except OSError:
-            code = 3
-        finally:
-            os._exit(code)
+# A process forked from this one could not train: autograd's threads, which an earlier test may have started, don't survive
+# a fork. So they come from a server that has imported everything and computed nothing.
+fresh = multiprocessing.get_context("forkserver")
+fresh.set_forkserver_preload(["__main__", "torch", "transformers.models.llama.modeling_llama", "llama1m_ext.train"])
+
+
+def forked(work: Callable[..., Any], *args: Any, sleep: float | None = None, number: int = signal.SIGKILL) -> int:
+    """Runs `work(*args)` in a process of its own; a signal comes after a while. Its exit status, -N where signal N ended it."""
+    process = fresh.Process(target=_child, args=(work, args))
+    process.start()
     if sleep is not None:
         time.sleep(sleep)
-        os.kill(pid, number)
-    return os.waitpid(pid, 0)[1]
+        if process.is_alive():
+            os.kill(process.pid, number)
+    process.join()
+    status = process.exitcode
+    process.close()
+    return status
+
+
+def _child(work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    code = 5
+    try:
+        torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        work(*args)
+        code = 0
+    except Interrupted as e:
+        code = 130 if "--resume goes on" in str(e) else 2
+    except OSError:
+        code = 3
+    except KeyboardInterrupt:  # before or after training it is an ordinary one
+        code = 4
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 @pytest.fixture(scope="module")
@@ -292,26 +311,28 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
+def _resumed(out) -> None:
+    run(out, resume=True, dtype="bfloat16", checkpoint_steps=3)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, uninterrupted, number):
     dice = random.Random(int(number))
     out, deaths = tmp_path / "out", 0
-
-    def work():
-        run(out, resume=True, dtype="bfloat16", checkpoint_steps=3)
-
     for _ in range(60):
         last = found(out)[0].name if found(out) else ""
-        status = forked(work, dice.uniform(0.02, 0.15 if deaths < 2 else 0.7), number)  # a fast machine is soon done
+        # From the start of the process on, of which the first part goes into imports; a fast machine is soon done.
+        sleep = dice.uniform(0.1, 0.4 if deaths < 2 else 1.5)
+        status = forked(_resumed, out, sleep=sleep, number=number)
         if status == 0:
             break
         deaths += 1
         if number == signal.SIGKILL:
-            assert os.WTERMSIG(status) == signal.SIGKILL
-        elif os.WIFEXITED(status):  # before or after training it is an ordinary KeyboardInterrupt
-            assert os.WEXITSTATUS(status) in (130, 1)
+            assert status == -signal.SIGKILL
+        else:
+            assert status in (-number, 130, 4, 1)  # 1 is multiprocessing's own, before our code
         assert (found(out)[0].name if found(out) else "") >= last, "nothing is lost"
-    assert status == 0 or forked(work) == 0
+    assert status == 0 or forked(_resumed, out) == 0
     assert deaths >= 2
     for name in ("1-32", "2-64"):
         assert same(out / name, uninterrupted / name)
@@ -378,6 +399,12 @@ def _until(n: int):
     return stop
 
 
+def _with_little_room(out) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    run(out, dtype="bfloat16", checkpoint_steps=2, resume=True)
+
+
 def test_a_disk_that_fills_up(tmp_path, uninterrupted):
     """Files may not grow beyond 64 KiB: the second checkpoint fails, and the first stays."""
     out = tmp_path / "out"
@@ -386,12 +413,7 @@ def test_a_disk_that_fills_up(tmp_path, uninterrupted):
     before = [path.name for path in found(out)]
     assert before == ["01-0000002"]
 
-    def work():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-        run(out, dtype="bfloat16", checkpoint_steps=2, resume=True)
-
-    assert os.WEXITSTATUS(forked(work)) == 3
+    assert forked(_with_little_room, out) == 3
     assert [path.name for path in found(out)] == before
     assert not [p for p in (out / "checkpoints").iterdir() if p.name.startswith(".")]
     run(out, dtype="bfloat16", checkpoint_steps=2, resume=True)
