@@ -276,20 +276,21 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
     if _compat.EXPLICIT in config.__dict__ and not call.options.replace_sdpa:
         return "attn_implementation='sdpa' was asked for by name"
     call.gradients = _gradients(model, embeds)
-    reason = _arguments(model, given, call.gradients) or _layers(call)
+    checkpointing = model.training and getattr(model, "gradient_checkpointing", False)
+    if checkpointing and not call.gradients:
+        return "training"
+    reason = _arguments(model, given) or _layers(call)
     if reason:
         return reason
 
     # The order of transformers: make a cache, look at its length, then at positions and the mask.
     cache = _compat.given_cache(given)
     use_cache = given.get("use_cache")
-    checkpointing = model.training and getattr(model, "gradient_checkpointing", False)
     if cache is None and not checkpointing and (config.use_cache if use_cache is None else use_cache):
         cache = DynamicCache(config=config)
     if cache is not None and call.gradients:
-        if type(cache) is not DynamicCache or checkpointing or cache.get_seq_length():
-            return "gradients over a cache"
-        if any(type(layer) is PagedLayer for layer in cache.layers):
+        stocks = type(cache) is DynamicCache and not any(type(layer) is PagedLayer for layer in cache.layers)
+        if not stocks or checkpointing or cache.get_seq_length():
             return "gradients over a cache"
         call.cache = cache
     elif cache is not None:
@@ -302,7 +303,7 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
     return _positions_and_mask(call, given, source.device) or call
 
 
-def _arguments(model: Any, given: Mapping[str, Any], gradients: bool) -> str | None:
+def _arguments(model: Any, given: Mapping[str, Any]) -> str | None:
     config = model.config
     for name, value in given.items():
         if name not in _KNOWN and value is not None:
@@ -315,8 +316,6 @@ def _arguments(model: Any, given: Mapping[str, Any], gradients: bool) -> str | N
         return "output_hidden_states picks layers"
     if not getattr(config, "is_causal", True):
         return "the config says is_causal=False"
-    if model.training and getattr(model, "gradient_checkpointing", False) and not gradients:
-        return "training"
     if torch.jit.is_tracing():
         return "tracing"
     return ops.transform()

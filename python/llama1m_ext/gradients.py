@@ -27,17 +27,6 @@ def like(x: Tensor, dtype: torch.dtype | None = None, length: int | None = None)
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
 
 
-def refuse(q: Tensor) -> None:
-    """Raises:
-    TypeError: there is no backward pass on the device of q. Before the forward pass, whose work would be lost.
-    """
-    if cuda.serves(q) and not hasattr(cuda, "attention_backward"):
-        raise TypeError(
-            f"q: expected a tensor without gradient on {q.device}, got requires_grad=True; attention there has no backward "
-            "pass in this version: call under torch.no_grad(), or torch.nn.functional.scaled_dot_product_attention"
-        )
-
-
 def attention_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -71,8 +60,7 @@ def attention_backward(
     if grad_out.dim() == 4 and grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()  # of a sum: one number, expanded
     if cuda.serves(q):
-        refuse(q)
-        cuda.attention_backward(grad_out, q, list(k), list(v), out, lse, dq, dk, dv, **where)  # type: ignore[attr-defined]
+        cuda.attention_backward(grad_out, q, list(k), list(v), out, lse, dq, dk, dv, **where)
     else:
         threads = torch.get_num_threads()
         _core.attention_backward(grad_out, q, list(k), list(v), out, lse, dq, dk, dv, **where, threads=threads)

@@ -364,7 +364,6 @@ def _needs_gradient(q: Tensor, k: Pages, v: Pages) -> bool:
                     f"{name}: expected dense tensors where something needs a gradient, got Compact; "
                     "call under torch.no_grad() or torch.inference_mode()"
                 )
-        gradients.refuse(q)
     return needed
 
 

@@ -123,9 +123,7 @@ class Apart:
 
 def chosen(dtype: torch.dtype, device: torch.device) -> Attention:
     """What computes attention for tensors of this kind."""
-    served = dtype in DTYPES and (device.type == "cpu" or hasattr(cuda, "attention_backward"))
-    served = served and cuda.unserved(device) is None
-    return Exact() if served else Torch()
+    return Exact() if dtype in DTYPES and cuda.unserved(device) is None else Torch()
 
 
 def attend(kind: Attention, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
