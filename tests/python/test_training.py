@@ -259,7 +259,7 @@ def test_autocast_with_gradients():
 
 
 DDP = """
-import os, sys, torch
+import os, sys, time, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 if sys.argv[2] == "ours":
@@ -277,6 +277,7 @@ with torch.no_grad():
     logits = wrapped(ids).logits
 print("SUM", total.double().sum().item(), total.double().square().sum().item())
 print("SERVED", llama1m_ext.stats(model).served if sys.argv[2] == "ours" else 0)
+time.sleep(0.5)  # for gloo's thread, see test_train_devices.py
 dist.destroy_process_group()
 """
 
