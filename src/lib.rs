@@ -5,6 +5,7 @@
 //! ```text
 //! door         py            pyo3: tensors come in, errors go out (feature `python`)
 //! operations   attention     check once, choose the kernel
+//!              ring          many devices: who holds which positions, in which order blocks travel
 //! engines      cpu cuda      attention_forward, attention_decode, attention_backward, kv_append, kv_read, rope_apply, merge_partials
 //! mathematics  args gradients shapes softmax tiling rope quant reference
 //! words        error dtype tensor
@@ -26,6 +27,7 @@ pub mod gradients;
 mod py;
 pub mod quant;
 pub mod reference;
+pub mod ring;
 pub mod rope;
 pub mod shapes;
 pub mod softmax;

@@ -93,6 +93,105 @@ def cos_sin(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """The `(cos, sin)` vectors that `rope_apply` uses at one position."""
 
+def ring_shard(sharding: str, length: int, ranks: int, rank: int) -> list[tuple[int, int, int]]:
+    """Which positions a rank holds, in its local order, which is ascending.
+
+    Args:
+        sharding: "contiguous"; "zigzag": rank r holds chunks r and 2R-1-r of 2R; "striped": r, r + R, r + 2R, ...
+        length: of the sequence, 0 to 2^40; need not be a multiple of anything. Shards may be empty.
+        ranks: 1 to 4096.
+        rank: from 0 on.
+
+    Returns:
+        Runs `(start, stop, step)` as of `range`, none of them empty.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these; the message names it.
+    """
+
+def ring_schedule(
+    sharding: str,
+    length: int,
+    inner: int,
+    outer: int,
+    rank: int,
+    causal: bool = True,
+    documents: Sequence[int] | None = None,
+) -> list[tuple[int, int, bool, list[tuple[int, int, int, int, bool, int]], int | None, int | None, int | None]]:
+    """The steps of a rank of a double ring (LoongTrain, 2406.18485) of `inner x outer` ranks; `outer=1`: a plain ring.
+
+    Rank = outer rank x inner + inner rank. In step `lap * inner + turn` the block (keys and values) of the rank that is `lap`
+    back on the outer ring and `turn` back on the inner one has its turn. A block goes no farther than somebody needs it.
+
+    Args:
+        sharding, length: as in `ring_shard`.
+        causal: whether a query sees no later key.
+        documents: start positions of packed documents, ascending, the first 0; no query sees another document.
+
+    Returns:
+        `inner * outer` steps `(step, source, needed, pieces, receive_from, inner_to, outer_to)`:
+
+        pieces: `(q_lo, q_hi, k_lo, k_hi, causal, q_start)` in local indices of the rank's queries and of the block of `source`:
+            `ops.attention(q[:, :, q_lo:q_hi], k[:, :, k_lo:k_hi], v[:, :, k_lo:k_hi], causal=causal, q_start=q_start)`. Over all
+            ranks and steps they cover each visible pair once. `needed`: there are some.
+        receive_from: whom the block of this step comes from; None in step 0, and where nobody from here on needs it: then it
+            does not come, and `needed` is False.
+        inner_to: whom to send the block to during this step; there it is the block of the next step.
+        outer_to: likewise (first step of a lap only); there it is the block of `inner` steps later.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these; the message names it.
+    """
+
+def ring_gradients(
+    sharding: str,
+    length: int,
+    inner: int,
+    outer: int,
+    rank: int,
+    causal: bool = True,
+    documents: Sequence[int] | None = None,
+) -> list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
+    """How gradients of keys and values come home in the backward pass, whose blocks travel as `ring_schedule` says.
+
+    A rank keeps a sum for each source whose block was at hand: what it computed itself in that step (nothing, if the block was not
+    needed), and what it received. It sends each sum but its own once.
+
+    Returns:
+        `inner * outer + 1` exchanges `(sends, receives)` of `(other rank, source)`. Exchange e comes after step e, the last one after
+        all; what it receives is added to the sum of `source` before exchange e + 1 begins. Messages of two ranks in one exchange
+        are in the same order on both sides. In the end the sum of the rank's own block is its gradient.
+    """
+
+def ring_bytes(
+    sharding: str,
+    length: int,
+    inner: int,
+    outer: int,
+    *,
+    per_node: int,
+    kv_bytes: int,
+    gradient_bytes: int | None = None,
+    causal: bool = True,
+    documents: Sequence[int] | None = None,
+) -> list[tuple[int, int, int, int]]:
+    """Bytes that each rank sends, following `ring_schedule` and `ring_gradients`.
+
+    Args:
+        per_node: ranks `n * per_node` to `(n + 1) * per_node - 1` are on node n.
+        kv_bytes: of a token's keys and values together.
+        gradient_bytes: of their gradients; default 0.
+
+    Returns:
+        For each rank `(forward_within, forward_across, backward_within, backward_across)`: to ranks of its node and to other nodes;
+        backward are keys and values again, and gradients.
+    """
+
+def ring_balance(
+    sharding: str, length: int, ranks: int, causal: bool = True, documents: Sequence[int] | None = None
+) -> float:
+    """Largest over mean number of visible (query, key) pairs of a rank: 1.0 is even."""
+
 def isa() -> str:
     """The instruction-set level in use."""
 

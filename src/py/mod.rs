@@ -10,6 +10,7 @@ mod cuda_verbs;
 mod error;
 mod kv;
 mod probe;
+mod ring;
 mod rope;
 mod tensor;
 
@@ -57,6 +58,11 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(probe::isa_levels, m)?)?;
     m.add_function(wrap_pyfunction!(probe::peak_flops, m)?)?;
     m.add_function(wrap_pyfunction!(probe::read_seconds, m)?)?;
+    m.add_function(wrap_pyfunction!(ring::ring_shard, m)?)?;
+    m.add_function(wrap_pyfunction!(ring::ring_schedule, m)?)?;
+    m.add_function(wrap_pyfunction!(ring::ring_gradients, m)?)?;
+    m.add_function(wrap_pyfunction!(ring::ring_bytes, m)?)?;
+    m.add_function(wrap_pyfunction!(ring::ring_balance, m)?)?;
     #[cfg(feature = "cuda")]
     {
         m.add_function(wrap_pyfunction!(cuda::cuda_attention, m)?)?;

@@ -1,0 +1,153 @@
+//! The schedule of ring attention for Python: numbers in, numbers out.
+
+use pyo3::exceptions::{PyOverflowError, PyTypeError};
+use pyo3::prelude::*;
+
+use super::error::raise;
+use crate::error::Error;
+use crate::ring::{self, Piece, Ring, Sharding, TokenBytes, documents_of};
+
+/// `(q_lo, q_hi, k_lo, k_hi, causal, q_start)`.
+type PieceTuple = (u64, u64, u64, u64, bool, u64);
+/// `(step, source, needed, pieces, receive_from, inner_to, outer_to)`.
+type StepTuple = (u64, u64, bool, Vec<PieceTuple>, Option<u64>, Option<u64>, Option<u64>);
+/// `(peer, source)` of each message sent, and of each received.
+type ExchangeTuple = (Vec<(u64, u64)>, Vec<(u64, u64)>);
+
+/// A number from 0 on; anything that is no integer is a TypeError, any other one a ValueError.
+fn count(name: &str, value: &Bound<'_, PyAny>) -> PyResult<u64> {
+    match value.extract::<u64>() {
+        Ok(n) => Ok(n),
+        Err(e) if e.is_instance_of::<PyOverflowError>(value.py()) => {
+            Err(raise(Error::value(name, "a number from 0 to 2^64 - 1", value.repr()?)))
+        }
+        Err(e) if e.is_instance_of::<PyTypeError>(value.py()) => {
+            Err(raise(Error::type_(name, "an int", value.get_type().name()?)))
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn starts(documents: Option<&Bound<'_, PyAny>>, length: u64) -> PyResult<Vec<u64>> {
+    let Some(list) = documents else { return Ok(vec![0]) };
+    let mut found = vec![];
+    for (i, start) in list.try_iter()?.enumerate() {
+        found.push(count(&format!("documents[{i}]"), &start?)?);
+    }
+    documents_of(Some(found), length).map_err(raise)
+}
+
+fn ring_of(
+    sharding: &str,
+    length: &Bound<'_, PyAny>,
+    inner: &Bound<'_, PyAny>,
+    outer: &Bound<'_, PyAny>,
+    causal: bool,
+    documents: Option<&Bound<'_, PyAny>>,
+) -> PyResult<Ring> {
+    let sharding: Sharding = sharding.parse().map_err(raise)?;
+    let length = count("length", length)?;
+    let (inner, outer) = (count("inner", inner)?, count("outer", outer)?);
+    Ring::new(sharding, length, inner, outer, causal, starts(documents, length)?).map_err(raise)
+}
+
+/// Positions that a rank holds.
+#[pyfunction]
+pub fn ring_shard(
+    sharding: &str,
+    length: &Bound<'_, PyAny>,
+    ranks: &Bound<'_, PyAny>,
+    rank: &Bound<'_, PyAny>,
+) -> PyResult<Vec<(u64, u64, u64)>> {
+    let sharding = sharding.parse().map_err(raise)?;
+    let runs = ring::shard(sharding, count("length", length)?, count("ranks", ranks)?, count("rank", rank)?);
+    Ok(runs.map_err(raise)?.into_iter().map(|r| (r.start, r.stop, r.step)).collect())
+}
+
+/// The steps of a rank.
+#[pyfunction]
+#[pyo3(signature = (sharding, length, inner, outer, rank, causal=true, documents=None))]
+#[allow(clippy::too_many_arguments)] // Python's keywords
+pub fn ring_schedule(
+    py: Python<'_>,
+    sharding: &str,
+    length: &Bound<'_, PyAny>,
+    inner: &Bound<'_, PyAny>,
+    outer: &Bound<'_, PyAny>,
+    rank: &Bound<'_, PyAny>,
+    causal: bool,
+    documents: Option<&Bound<'_, PyAny>>,
+) -> PyResult<Vec<StepTuple>> {
+    let ring = ring_of(sharding, length, inner, outer, causal, documents)?;
+    let rank = count("rank", rank)?;
+    let steps = py.detach(|| ring.steps(rank)).map_err(raise)?;
+    let tuple = |p: &Piece| (p.q_lo, p.q_hi, p.k_lo, p.k_hi, p.causal, p.q_start);
+    let steps = steps.into_iter().map(|s| {
+        let pieces: Vec<_> = s.pieces.iter().map(tuple).collect();
+        (s.step, s.source, !pieces.is_empty(), pieces, s.receive_from, s.inner_to, s.outer_to)
+    });
+    Ok(steps.collect())
+}
+
+/// The exchanges of gradients of a rank.
+#[pyfunction]
+#[pyo3(signature = (sharding, length, inner, outer, rank, causal=true, documents=None))]
+#[allow(clippy::too_many_arguments)] // Python's keywords
+pub fn ring_gradients(
+    py: Python<'_>,
+    sharding: &str,
+    length: &Bound<'_, PyAny>,
+    inner: &Bound<'_, PyAny>,
+    outer: &Bound<'_, PyAny>,
+    rank: &Bound<'_, PyAny>,
+    causal: bool,
+    documents: Option<&Bound<'_, PyAny>>,
+) -> PyResult<Vec<ExchangeTuple>> {
+    let ring = ring_of(sharding, length, inner, outer, causal, documents)?;
+    let rank = count("rank", rank)?;
+    let list = py.detach(|| ring.exchanges(rank)).map_err(raise)?;
+    Ok(list.into_iter().map(|e| (e.sends, e.receives)).collect())
+}
+
+/// Bytes that each rank sends.
+#[pyfunction]
+#[pyo3(signature = (sharding, length, inner, outer, *, per_node, kv_bytes, gradient_bytes=None, causal=true, documents=None))]
+#[allow(clippy::too_many_arguments)] // Python's keywords
+pub fn ring_bytes(
+    py: Python<'_>,
+    sharding: &str,
+    length: &Bound<'_, PyAny>,
+    inner: &Bound<'_, PyAny>,
+    outer: &Bound<'_, PyAny>,
+    per_node: &Bound<'_, PyAny>,
+    kv_bytes: &Bound<'_, PyAny>,
+    gradient_bytes: Option<&Bound<'_, PyAny>>,
+    causal: bool,
+    documents: Option<&Bound<'_, PyAny>>,
+) -> PyResult<Vec<(u128, u128, u128, u128)>> {
+    let ring = ring_of(sharding, length, inner, outer, causal, documents)?;
+    let per_node = count("per_node", per_node)?;
+    let bytes = TokenBytes {
+        kv: count("kv_bytes", kv_bytes)?,
+        gradients: gradient_bytes.map_or(Ok(0), |n| count("gradient_bytes", n))?,
+    };
+    let sent = py.detach(|| ring.sent(per_node, bytes)).map_err(raise)?;
+    Ok(sent.iter().map(|s| (s.forward_within, s.forward_across, s.backward_within, s.backward_across)).collect())
+}
+
+/// Largest work of a rank over the mean.
+#[pyfunction]
+#[pyo3(signature = (sharding, length, ranks, causal=true, documents=None))]
+pub fn ring_balance(
+    py: Python<'_>,
+    sharding: &str,
+    length: &Bound<'_, PyAny>,
+    ranks: &Bound<'_, PyAny>,
+    causal: bool,
+    documents: Option<&Bound<'_, PyAny>>,
+) -> PyResult<f64> {
+    let sharding = sharding.parse().map_err(raise)?;
+    let (length, ranks) = (count("length", length)?, count("ranks", ranks)?);
+    let starts = starts(documents, length)?;
+    py.detach(|| ring::balance(sharding, length, ranks, causal, &starts)).map_err(raise)
+}
