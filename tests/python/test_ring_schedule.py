@@ -140,7 +140,7 @@ def test_wrong_arguments_of_the_others():
         _core.ring_balance("striped", 8, 4097)
     with pytest.raises(ValueError, match="per_node: expected at least 1 rank, got 0"):
         _core.ring_bytes("striped", 8, 2, 2, per_node=0, kv_bytes=1)
-    with pytest.raises(ValueError, match="kv_bytes: expected .*, got -5"):
+    with pytest.raises(ValueError, match=r"kv_bytes: expected .*, got -5"):
         _core.ring_bytes("striped", 8, 2, 2, per_node=1, kv_bytes=-5)
     with pytest.raises(ValueError, match="documents: expected few enough for 4194304 pieces"):
         _core.ring_schedule("striped", 1 << 24, 64, 1, 0, True, list(range(0, 1 << 24, 128)))
