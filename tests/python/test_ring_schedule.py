@@ -143,4 +143,4 @@ def test_wrong_arguments_of_the_others():
     with pytest.raises(ValueError, match=r"kv_bytes: expected .*, got -5"):
         _core.ring_bytes("striped", 8, 2, 2, per_node=1, kv_bytes=-5)
     with pytest.raises(ValueError, match="documents: expected few enough for 4194304 pieces"):
-        _core.ring_schedule("striped", 1 << 23, 512, 1, 0, True, range(0, 1 << 23, 512))
+        _core.ring_schedule("striped", 1 << 23, 512, 1, 511, True, range(0, 1 << 23, 512))
