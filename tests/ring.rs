@@ -113,6 +113,7 @@ fn pieces_cover_every_visible_pair_once() {
 }
 
 #[test]
+#[allow(clippy::needless_range_loop)] // step t of every rank
 fn blocks_that_steps_use_have_come() {
     each_case(|sharding, length, (inner, outer), causal, starts| {
         let starts = documents_of(starts, length).unwrap();
@@ -153,7 +154,11 @@ fn blocks_that_steps_use_have_come() {
     });
 }
 
+/// (source, sum) of each, in order.
+type Messages = Vec<(u64, Vec<u64>)>;
+
 #[test]
+#[allow(clippy::needless_range_loop)] // exchange e of every rank, then of every rank again
 fn gradients_come_home_whole() {
     each_case(|sharding, length, (inner, outer), causal, starts| {
         let starts = documents_of(starts, length).unwrap();
@@ -166,14 +171,14 @@ fn gradients_come_home_whole() {
         let mut bytes = vec![(0u128, 0u128); ranks as usize];
         for e in 0..=ranks as usize {
             for rank in 0..ranks as usize {
-                if let Some(step) = steps[rank].get(e) {
-                    if step.receive_from.is_some() || e == 0 {
-                        let own = if step.pieces.is_empty() { vec![] } else { vec![rank as u64] };
-                        sums[rank].entry(step.source).or_default().extend(own);
-                    }
+                if let Some(step) = steps[rank].get(e)
+                    && (step.receive_from.is_some() || e == 0)
+                {
+                    let own = if step.pieces.is_empty() { vec![] } else { vec![rank as u64] };
+                    sums[rank].entry(step.source).or_default().extend(own);
                 }
             }
-            let mut mail: BTreeMap<(u64, u64), Vec<(u64, Vec<u64>)>> = BTreeMap::new();
+            let mut mail: BTreeMap<(u64, u64), Messages> = BTreeMap::new();
             for rank in 0..ranks {
                 for &(to, source) in &exchanges[rank as usize][e].sends {
                     assert!(to != rank && source != rank);
