@@ -228,6 +228,13 @@ def test_killed_again_and_again_it_goes_on_to_the_same_bytes(tmp_path, tokenizer
     options = {"mixture": SHARES, "tokens": 128 * 200, "workers": 2, "resume": True, "keep": 0.9}
     build(source, tmp_path / "whole", tokenizer, **options)
     out, rng, kills = tmp_path / "rows", random.Random(0), 0
+
+    def finished() -> int:
+        try:
+            return len(list(out.with_name("rows.partial").glob("data-*.arrow")))
+        except FileNotFoundError:  # renamed while we looked
+            return 0
+
     while True:
         pid = os.fork()
         if pid == 0:
@@ -237,9 +244,9 @@ def test_killed_again_and_again_it_goes_on_to_the_same_bytes(tmp_path, tokenizer
             finally:
                 os._exit(0)
         # After a file was finished, and a little later: each run gets further.
-        there = len(list(out.with_name("rows.partial").glob("data-*.arrow")))
+        there = finished()
         while os.waitpid(pid, os.WNOHANG) == (0, 0):
-            if len(list(out.with_name("rows.partial").glob("data-*.arrow"))) > there + 4:
+            if finished() > there + 4:
                 time.sleep(rng.random() * 0.02)
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)

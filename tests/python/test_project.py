@@ -35,6 +35,22 @@ def test_the_oldest_environment_of_ci_is_at_the_floors_of_pyproject():
         assert oldest[name].split(".")[:2] == floor.split(".")[:2], name
 
 
+def test_the_readme_has_the_table_of_transformers_releases():
+    """What `make compat` printed: every minor release from the floor of pyproject.toml on, none with a failure."""
+    rows = re.findall(
+        r"^\| (\d+)\.(\d+)\.\d+ \| [\d.]+ \| (\d+) \| (\d+) \| (\d+) \| \d+ \|$", read("README.md"), re.MULTILINE
+    )
+    floor = re.search(r'"transformers>=(\d+)\.(\d+),', read("pyproject.toml"))
+    assert floor is not None
+    minors = [(int(a), int(b)) for a, b, *_ in rows]
+    assert minors[0] == tuple(map(int, floor.groups()))
+    for before, after in zip(minors, minors[1:], strict=False):
+        assert after in ((before[0], before[1] + 1), (before[0] + 1, 0)), (before, after)
+    for _, _, passed, failed, skipped in rows:
+        assert int(failed) == 0
+        assert int(passed) > 300 > 10 * int(skipped)
+
+
 def test_no_path_of_one_machine_is_in_the_tree():
     for path in [
         *ROOT.glob("*.md"),
