@@ -63,6 +63,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(ring::ring_gradients, m)?)?;
     m.add_function(wrap_pyfunction!(ring::ring_bytes, m)?)?;
     m.add_function(wrap_pyfunction!(ring::ring_balance, m)?)?;
+    m.add_function(wrap_pyfunction!(ring::ring_topology, m)?)?;
     #[cfg(feature = "cuda")]
     {
         m.add_function(wrap_pyfunction!(cuda::cuda_attention, m)?)?;

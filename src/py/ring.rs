@@ -2,10 +2,11 @@
 
 use pyo3::exceptions::{PyOverflowError, PyTypeError};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 use super::error::raise;
 use crate::error::Error;
-use crate::ring::{self, Piece, Ring, Sharding, TokenBytes, documents_of};
+use crate::ring::{self, Cluster, Pass, Piece, Ring, Sharding, TokenBytes, Work, documents_of};
 
 /// `(q_lo, q_hi, k_lo, k_hi, causal, q_start)`.
 type PieceTuple = (u64, u64, u64, u64, bool, u64);
@@ -150,4 +151,64 @@ pub fn ring_balance(
     let (length, ranks) = (count("length", length)?, count("ranks", ranks)?);
     let starts = starts(documents, length)?;
     py.detach(|| ring::balance(sharding, length, ranks, causal, &starts)).map_err(raise)
+}
+
+fn pass<'py>(py: Python<'py>, p: &Pass) -> PyResult<Bound<'py, PyDict>> {
+    let found = PyDict::new(py);
+    for (name, seconds) in [("seconds", p.seconds), ("compute", p.compute), ("exchange", p.exchange)] {
+        found.set_item(name, seconds)?;
+    }
+    for (name, bytes) in
+        [("within", p.within), ("across", p.across), ("ring_within", p.ring_within), ("ring_across", p.ring_across)]
+    {
+        found.set_item(name, bytes)?;
+    }
+    Ok(found)
+}
+
+/// Every layout of a cluster, the best first, with what one layer's attention over one sequence costs.
+#[pyfunction]
+#[pyo3(signature = (*, nodes, gpus, intra, inter, rails, latency, flops, length, q_heads, kv_heads, head_dim, itemsize, causal=true, training=false))]
+#[allow(clippy::too_many_arguments)] // Python's keywords
+pub fn ring_topology<'py>(
+    py: Python<'py>,
+    nodes: &Bound<'py, PyAny>,
+    gpus: &Bound<'py, PyAny>,
+    intra: f64,
+    inter: f64,
+    rails: &Bound<'py, PyAny>,
+    latency: f64,
+    flops: f64,
+    length: &Bound<'py, PyAny>,
+    q_heads: &Bound<'py, PyAny>,
+    kv_heads: &Bound<'py, PyAny>,
+    head_dim: &Bound<'py, PyAny>,
+    itemsize: &Bound<'py, PyAny>,
+    causal: bool,
+    training: bool,
+) -> PyResult<Vec<Bound<'py, PyDict>>> {
+    let (nodes, gpus, rails) = (count("nodes", nodes)?, count("gpus", gpus)?, count("rails", rails)?);
+    let cluster = Cluster { nodes, gpus, intra, inter, rails, latency, flops };
+    let work = Work {
+        length: count("length", length)?,
+        q_heads: count("q_heads", q_heads)?,
+        kv_heads: count("kv_heads", kv_heads)?,
+        head_dim: count("head_dim", head_dim)?,
+        itemsize: count("itemsize", itemsize)?,
+        causal,
+    };
+    let costs = py.detach(|| ring::layouts(&cluster, &work, training)).map_err(raise)?;
+    let one = |c: &ring::Cost| {
+        let found = PyDict::new(py);
+        for (name, n) in
+            [("heads", c.layout.heads), ("inner", c.layout.inner), ("outer", c.layout.outer), ("messages", c.messages)]
+        {
+            found.set_item(name, n)?;
+        }
+        found.set_item("replication", c.replication)?;
+        found.set_item("forward", pass(py, &c.forward)?)?;
+        found.set_item("backward", pass(py, &c.backward)?)?;
+        Ok(found)
+    };
+    costs.iter().map(one).collect()
 }

@@ -7,15 +7,19 @@
 //! steps, while the block that a lap began with already goes on along the outer ring.
 
 mod balance;
+mod cost;
 mod gradients;
 mod pieces;
 mod schedule;
 mod shard;
+mod topology;
 mod traffic;
 
 pub use balance::{balance, work};
+pub use cost::{Cluster, Cost, Layout, MAX_GPUS, Pass, Work, cost};
 pub use gradients::Exchange;
 pub use pieces::Piece;
 pub use schedule::{Ring, Step};
 pub use shard::{MAX_LENGTH, MAX_RANKS, Run, Sharding, documents_of, shard};
+pub use topology::layouts;
 pub use traffic::{Sent, TokenBytes};
