@@ -1,7 +1,7 @@
 """The compiled core. `llama1m_ext.ops` is the interface meant for people; this one allocates nothing."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -191,6 +191,66 @@ def ring_balance(
     sharding: str, length: int, ranks: int, causal: bool = True, documents: Sequence[int] | None = None
 ) -> float:
     """Largest over mean number of visible (query, key) pairs of a rank: 1.0 is even."""
+
+class _Pass(TypedDict):
+    seconds: float
+    compute: float
+    exchange: float
+    within: int
+    across: int
+    ring_within: int
+    ring_across: int
+
+class _Layout(TypedDict):
+    heads: int
+    inner: int
+    outer: int
+    messages: int
+    replication: float
+    forward: _Pass
+    backward: _Pass
+
+def ring_topology(
+    *,
+    nodes: int,
+    gpus: int,
+    intra: float,
+    inter: float,
+    rails: int,
+    latency: float,
+    flops: float,
+    length: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    causal: bool = True,
+    training: bool = False,
+) -> list[_Layout]:
+    """Every layout of a cluster, the best first, the others by time: what one layer's attention over one sequence costs.
+
+    GPU = (outer rank x inner + inner rank) x heads + place; GPUs `n * gpus ..` are node n. Work is taken to be even (zigzag,
+    striped), as are shards. The model is in `src/ring/cost.rs`.
+
+    Args:
+        nodes, gpus: GPUs of a node; at most 32768 in all.
+        intra: bytes/s that a GPU sends within its node, while it receives as much.
+        inter: bytes/s of one link of a node to the others, likewise; rails: such links of a node.
+        latency: seconds that a message takes beside its bytes.
+        flops: that a GPU sustains in attention, each second.
+        length: tokens of the sequence, from 1 on.
+        itemsize: bytes of an element of keys and values.
+        training: the backward pass counts too when layouts are compared.
+
+    Returns:
+        heads, inner, outer: the layout. messages: that a GPU sends in a forward pass. replication: KV heads held, over `kv_heads`.
+        forward, backward: `seconds`, of these `compute` (attention itself) and `exchange` (of heads); bytes that all GPUs together
+        send `within` and `across` nodes, the ring's share of them in `ring_within` and `ring_across`. Backward is
+        without recomputation; gradients travel in float32.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these; the message names it.
+    """
 
 def isa() -> str:
     """The instruction-set level in use."""

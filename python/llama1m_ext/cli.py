@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import plan_cli
 from .data import cli as data_cli
 from .eval import cli as eval_cli
 from .train import cli as train_cli
@@ -29,6 +30,7 @@ bench = typer.Typer(help="Our attention beside torch's, in one process, alternat
 app.add_typer(bench, name="bench")
 cache = typer.Typer(help="Saved caches: what is in a file, and whether it is whole.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
+plan_cli.register(app)
 train_cli.register(app)
 theta_cli.register(app)
 
@@ -176,56 +178,6 @@ def bench_kv(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     _write_json(json_file, kv.run(plan))
-
-
-@app.command()
-def plan(
-    model: Annotated[str, typer.Argument(help="A folder with a config.json, or a name on the hub.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt, in tokens.")],
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    new_tokens: Annotated[int, typer.Option(min=0, help="Tokens generated afterwards.")] = 256,
-    dtype: Annotated[str | None, typer.Option(help="bf16, f32 or f16. Default: the model's.")] = None,
-    kv: Annotated[str, typer.Option(help="Format of the cache: auto, model, int8, fp8, int4, int8/int4.")] = "auto",
-    offload: Annotated[str, typer.Option(help="auto, host, disk or none.")] = "auto",
-    kv_memory: Annotated[str, typer.Option(help="Bytes that pages may take: auto, 8GiB.")] = "auto",
-    chunk: Annotated[str, typer.Option(help="Queries at a time: auto, or a number.")] = "auto",
-    gpu: Annotated[str | None, typer.Option(help="One GPU's memory: 80GiB. By arithmetic.")] = None,
-    host: Annotated[str | None, typer.Option(help="Main memory: 256GiB. Default: what is free now.")] = None,
-    gpu_tflops: Annotated[
-        float | None, typer.Option(help="What the GPU reaches in matrix products, for times. Default: no times.")
-    ] = None,
-    gpu_bandwidth: Annotated[
-        str | None, typer.Option(help="Bytes that it reads in a second: 3350GB. Default: no times.")
-    ] = None,
-    threads: Threads = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Before a long prompt: bytes by part, what fits where, what "auto" will choose, how long it may take. Ends with 1 where
-    it does not fit."""
-    from llama1m_ext import plan as make
-
-    try:
-        made = make(
-            model,
-            tokens,
-            batch=batch,
-            new_tokens=new_tokens,
-            dtype=dtype,
-            kv=kv,
-            offload=None if offload == "none" else offload,
-            kv_memory=kv_memory,
-            chunk=int(chunk) if chunk.isdigit() else chunk,
-            gpu=gpu,
-            host=host,
-            threads=threads,
-            gpu_flops=None if gpu_tflops is None else gpu_tflops * 1e12,
-            gpu_read=gpu_bandwidth,
-        )
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
-    typer.echo(str(made))
-    _write_json(json_file, made.to_dict())
-    raise typer.Exit(0 if made.fits else 1)
 
 
 @app.command()

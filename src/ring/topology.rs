@@ -4,8 +4,8 @@ use super::cost::{Cluster, Cost, Layout, Work, cost};
 use super::shard::MAX_RANKS;
 use crate::error::Result;
 
-/// Layouts whose times differ by less are equal: then fewer bytes between nodes decide, then fewer messages.
-const EQUAL: f64 = 1e-3;
+/// Layouts whose times differ by less are equal, for the model is no better: then fewer bytes between nodes decide, then fewer messages.
+const EQUAL: f64 = 2e-2;
 
 fn divisors(n: u64) -> impl Iterator<Item = u64> {
     (1..=n).filter(move |d| n.is_multiple_of(*d))
