@@ -64,7 +64,7 @@ def test_every_function_has_the_stub_s_parameters():
 
 def test_every_class_has_the_stub_s_methods():
     for name, node in stub_names().items():
-        if not isinstance(node, ast.ClassDef) or node.name.endswith("Error"):
+        if not isinstance(node, ast.ClassDef) or node.name.endswith("Error") or name.startswith("_"):
             continue
         ours = getattr(_core, name)
         methods = {inner.name: inner for inner in node.body if isinstance(inner, ast.FunctionDef)}
