@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-WAIT = 120.0
+WAIT = 280.0
 """Seconds for a task before the test fails."""
 
 

@@ -20,12 +20,13 @@ import time
 import torch
 from test_train_extend import run
 torch.set_num_threads(1)
-out, devices, dtype, stop = sys.argv[1:]
+out, devices, dtype, stop, share = sys.argv[1:]
 def enough(step):
     if step.stage_number == 2 and step.step == int(stop):
         raise RuntimeError("enough")
 try:
-    run(out + "/" + devices, devices=devices, dtype=dtype, checkpoint_steps=3, on_step=enough, resume=True)
+    options = {"devices": devices, "dtype": dtype, "checkpoint_steps": 3, "on_step": enough, "resume": True}
+    run(out + "/" + devices, sequence_parallel=int(share), **options)
 except RuntimeError as e:
     assert str(e) == "enough", e
 time.sleep(0.5)  # gloo's thread gives up its last tensors, for which it needs the GIL: torch 2.5 waits for it with the GIL held
@@ -33,9 +34,17 @@ torch.distributed.destroy_process_group()
 """
 
 
-def two(out: Path, devices: str, dtype: str, stop: int = 0) -> None:
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python"]
-    words += [sys.executable, "-c", SCRIPT, str(out), devices, dtype, str(stop)]
+def two(out: Path, devices: str, dtype: str, stop: int = 0, share: int = 1, processes: int = 2) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--standalone",
+        "--no-python",
+    ]
+    words += [sys.executable, "-c", SCRIPT, str(out), devices, dtype, str(stop), str(share)]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=280, env=env)
@@ -57,6 +66,23 @@ def test_two_processes(tmp_path):
         assert close(tmp_path / "replicate" / name, alone.out / name, 2e-4)
     sizes = [(found(tmp_path / "replicate")[0] / f"rank-{i}.safetensors").stat().st_size for i in (0, 1)]
     assert sizes[1] < 10_000 < sizes[0], "the first writes for both"
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes", "share"),
+    [
+        ("replicate", 2, 2),
+        pytest.param("shard", 2, 2, marks=pytest.mark.slow),
+        pytest.param("replicate", 4, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_processes_share_rows(tmp_path, devices, processes, share):
+    """Ring attention over each row: the same losses and weights as one process has."""
+    two(tmp_path, devices, "float32", share=share, processes=processes)
+    alone = run(tmp_path / "alone")
+    assert losses(tmp_path / devices) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    for name in ("1-32", "2-64"):
+        assert close(tmp_path / devices / name, alone.out / name, 2e-4)
 
 
 @pytest.mark.slow

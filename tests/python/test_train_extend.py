@@ -539,7 +539,7 @@ def test_settings_that_make_no_sense(tmp_path):
         run(tmp_path / "out", keep="most")
     with pytest.raises(StagesError, match='autocast: expected dtype = "float32" with it'):
         run(tmp_path / "out", dtype="bfloat16", autocast=True)
-    with pytest.raises(NotImplementedError, match="sequence_parallel: expected 1, got 2"):
+    with pytest.raises(ValueError, match=r"sequence_parallel: expected a divisor of the 1 processes .*, got 2"):
         run(tmp_path / "out", sequence_parallel=2)
     with pytest.raises(ValueError, match="log: expected names out of tensorboard, wandb, got 'paper'"):
         run(tmp_path / "out", log=("paper",))

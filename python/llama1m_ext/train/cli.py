@@ -41,7 +41,7 @@ def extend(
     ] = None,
     offload: Annotated[str | None, typer.Option(help="Where it waits: none, host, disk.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU, where there is one.")] = None,
-    sequence_parallel: Annotated[int, typer.Option(min=1, help="Devices that share a row; only 1 so far.")] = 1,
+    sequence_parallel: Annotated[int, typer.Option(min=1, help="Processes that share each row, under torchrun.")] = 1,
     progress: Annotated[bool | None, typer.Option("--progress/--no-progress", help="Default: on a terminal.")] = None,
     memory: Annotated[
         str | None, typer.Option(help="With --plan: for a machine with so much memory, 80GiB. Default: this one.")

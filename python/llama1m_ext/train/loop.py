@@ -22,7 +22,6 @@ from torch import Tensor
 
 from .. import memory, plan_shape, tensorfile
 from . import cross_entropy, models, planning, rotation, saves
-from .attention import Apart
 from .dataset import Data, folder_of
 from .devices import Devices, join, spread
 from .forward import Trainee, causal_of, shift
@@ -34,6 +33,7 @@ from .optimizer import Optimizer, rate
 from .saves import At
 from .signals import Interrupted, Signals
 from .stages import Run, Settings, Stage, StagesError
+from .team import Team, team_of
 
 RUN_FILE = "run.json"
 _FREE = ("keep", "offload", "offload_dir", "chunk", "ce_chunk", "checkpoint_steps", "checkpoint_minutes", "checkpoints")
@@ -131,7 +131,7 @@ def extend(
         on_step: called with each `Step`; True ends the stage after it.
         tokenizer: saved beside each stage's model. None: the files of the model's folder come along.
         device: where to compute; None: a GPU, where torch sees one, else the CPU.
-        sequence_parallel: devices that share a row; only 1 so far.
+        sequence_parallel: processes that share each row, which torchrun starts: ring attention. It divides their number.
         settings: fields of `Settings`, in the place of what `stages` says.
 
     Raises:
@@ -142,19 +142,15 @@ def extend(
         FloatingPointError: a loss or gradient is not finite. The last checkpoint is from before.
         train.Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last full step is there.
     """
-    if sequence_parallel != 1:
-        raise NotImplementedError(
-            f"sequence_parallel: expected 1, got {sequence_parallel}: rows shared by several devices (ring attention) are not "
-            "there yet; rows are shared out whole instead, under torchrun"
-        )
     run = Run.of(stages)
     if settings:
         run = run.with_settings(**settings)
     check_logs(log)
     devices = join(device)
+    team = team_of(devices, sequence_parallel)
     started = _Started(Path(out), resume, devices)
     with started:
-        trainer = _Trainer(model, run, started, data, log, progress, evaluate, on_step, tokenizer, devices)
+        trainer = _Trainer(model, run, started, data, log, progress, evaluate, on_step, tokenizer, devices, team)
         return trainer.all()
 
 
@@ -216,14 +212,16 @@ class _Trainer:
         on_step: Any,
         tokenizer: Any,
         devices: Devices,
+        team: Team,
     ) -> None:
+        self.team = team
         self.run, self.settings, self.out, self.devices = run, run.settings, started.out, devices
         self.evaluate, self.on_step, self.tokenizer = evaluate, on_step, tokenizer
         self.show = (sys.stderr.isatty() if progress == "auto" else progress) and devices.is_first
         self.source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
         self.sharded = devices.world_size > 1 and self.settings.devices == "shard"
         for stage in run.stages:
-            _check_rows(stage, devices)
+            _check_rows(stage, team)
         self.sources = [folder_of(stage, data) for stage in run.stages]
         self.model = models.load(model, self.settings, devices.device)
         causal = causal_of(self.model)
@@ -380,16 +378,17 @@ class _Trainer:
 
     def _gradients(self, i: int, stage: Stage, optimizer: Optimizer, step: int) -> tuple[float, float]:
         """Sums the gradients of a step, and clips them. (loss, their norm before)."""
-        devices, data = self.devices, self.data[i]
-        share = stage.rows // devices.world_size
-        first = step * stage.rows + devices.rank * share
-        at_once = _at_once(stage, devices)
+        devices, team, data = self.devices, self.team, self.data[i]
+        share = stage.rows // team.teams
+        first = step * stage.rows + team.number * share
+        at_once = _at_once(stage, team)
         batches, weight = [], 0.0
         for a in range(first, first + share, at_once):
             batch, borders = data.batch(list(range(a, a + at_once)))
             labels, factors = shift(batch["labels"], batch.get("loss_weights"))
-            weight += float(cross_entropy.total_weight(labels, factors))
-            batches.append((batch, labels, factors, borders))
+            if team.is_first:
+                weight += float(cross_entropy.total_weight(labels, factors))
+            batches.append((*team.share(batch, labels, factors), borders))
         (weight,) = devices.total(weight)
         if weight <= 0:
             raise ValueError(
@@ -398,8 +397,7 @@ class _Trainer:
         total = 0.0
         kind = devices.device.type
         for batch, labels, factors, borders in batches:
-            apart = None if borders is None else Apart(borders)
-            how = How(self.plans[i], self.place, self.settings.chunk, apart)
+            how = How(self.plans[i], self.place, self.settings.chunk, team.attention(stage.length, borders))
             with torch.autocast(kind, torch.bfloat16, enabled=self.settings.autocast):
                 loss = self.trainee(
                     batch["input_ids"].to(devices.device),
@@ -439,6 +437,7 @@ class _Trainer:
             None if free is None else free + shape.resident_bytes,  # which are there already
             gpu=device.type == "cuda",
             devices=self.devices.world_size,
+            sequence_parallel=self.team.size,
             shards=self.devices.world_size if self.sharded else 1,
             threads=torch.get_num_threads(),
         )
@@ -523,21 +522,22 @@ class _Trainer:
             print(text, file=sys.stderr)
 
 
-def _check_rows(stage: Stage, devices: Devices) -> None:
-    if stage.rows % devices.world_size:
+def _check_rows(stage: Stage, team: Team) -> None:
+    who = "processes" if team.size == 1 else f"teams of {team.size} processes"
+    if stage.rows % team.teams:
         raise StagesError(
-            f"stage {stage.name}: expected batch_size * accumulation to be a multiple of {devices.world_size} processes, got "
+            f"stage {stage.name}: expected batch_size * accumulation to be a multiple of {team.teams} {who}, got "
             f"{stage.batch_size} * {stage.accumulation}"
         )
-    share, at_once = stage.rows // devices.world_size, _at_once(stage, devices)
+    share, at_once = stage.rows // team.teams, _at_once(stage, team)
     if share % at_once:
         raise StagesError(
             f"stage {stage.name}: rows_at_once: expected a divisor of the {share} rows that a device computes in a step, got {at_once}"
         )
 
 
-def _at_once(stage: Stage, devices: Devices) -> int:
-    return stage.rows_at_once or max(1, stage.batch_size // devices.world_size)
+def _at_once(stage: Stage, team: Team) -> int:
+    return stage.rows_at_once or max(1, stage.batch_size // team.teams)
 
 
 def _size(p: Any) -> int:

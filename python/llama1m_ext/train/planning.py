@@ -180,6 +180,7 @@ def planned(
     shards: int,
     threads: int,
     rates: tuple[float, float] | None = None,
+    sequence_parallel: int = 1,
 ) -> TrainingPlan:
     """The plan for known sizes.
 
@@ -187,14 +188,15 @@ def planned(
         trained: elements that are trained; None: all.
         limit: bytes that there are for all of it, weights included.
         rates: FLOP/s of matrices and of attention in registers.
+        sequence_parallel: devices that share a row.
     """
-    made = []
+    made, teams = [], max(1, devices // sequence_parallel)
     for stage in run.stages:
-        share = stage.rows // devices or 1
-        at_once = min(share, stage.rows_at_once or max(1, stage.batch_size // devices))
+        share = stage.rows // teams or 1
+        at_once = min(share, stage.rows_at_once or max(1, stage.batch_size // teams))
         s = run.settings
         step = Step(
-            length=stage.length,
+            length=-(-stage.length // sequence_parallel),
             rows=at_once,
             passes=max(1, share // at_once),
             offload=s.offload,
@@ -208,7 +210,9 @@ def planned(
         )
         step = _chosen(shape, step, s.keep, limit)
         phases = plan_bytes.peaks(shape, step)
-        matrices, attention = plan_bytes.flops(shape, step)
+        matrices, attention = (
+            n / sequence_parallel for n in plan_bytes.flops(shape, dataclasses.replace(step, length=stage.length))
+        )
         seconds = None if rates is None else stage.steps * _seconds(step, matrices, attention, rates)
         made.append(
             StagePlan(
