@@ -124,8 +124,11 @@ def test_error_does_not_grow_with_ranks(eight, dtype):
         (made,) = run(eight, [case])
         truth = ring_cases.by_torch(case, torch.float64)
         errors.append([testing.error(ours, true) for ours, true in zip(made, truth, strict=True)])
-    for name, of in zip(NAMES, zip(*errors, strict=True), strict=True):
-        assert max(of) <= 1.1 * of[0], (name, of)
+    theirs = [testing.error(t, true) for t, true in zip(ring_cases.by_torch(case, dtype), truth, strict=True)]
+    # Each merge rounds once, to float32: nothing in bfloat16, a few per cent of float32's own error.
+    room = 1.25 if dtype == torch.float32 else 1.02
+    for name, of, yardstick in zip(NAMES, zip(*errors, strict=True), theirs, strict=True):
+        assert max(of) <= min(room * of[0], yardstick), (name, of, yardstick)
 
 
 def test_short_and_uneven(eight):
