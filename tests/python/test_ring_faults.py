@@ -79,17 +79,19 @@ def test_a_rank_that_dies(passes):
 
 def test_a_rank_that_hangs():
     with crew(3) as made:
-        answers = made.run(3, ring_faults.stopping, 1, "forward", "sleeps", 2.0)
+        answers = made.run(3, ring_faults.stopping, 1, "forward", "sleeps", 4.0)
     for rank, (kind, text, seconds) in enumerate(answers):
-        assert kind == "LinkError" and (rank == 1 or seconds < 5), (rank, kind, text, seconds)
-    assert "no message" in answers[2][1] and "from rank 1" in answers[2][1] and "timeout 2 s" in answers[2][1]
+        assert kind == "LinkError" and (rank == 1 or seconds < 12), (rank, kind, text, seconds)
+    said = answers[2][1]
+    assert "rank 2: ring attention, forward" in said and "rank 1" in said and "timeout 4 s" in said
 
 
 def test_a_rank_that_does_not_come():
     with crew(3) as made:
-        answers = made.run(3, ring_faults.absent, 0, 2.0)
+        answers = made.run(3, ring_faults.absent, 0, 3.0)
     for kind, text, seconds in answers[1:]:
-        assert kind == "LinkError" and "agreeing on what comes" in text and "from rank 0" in text and seconds < 8
+        assert kind == "LinkError" and "agreeing on what comes" in text and seconds < 12, (kind, text, seconds)
+    assert any("rank 0" in text for _, text, _ in answers[1:])
 
 
 @pytest.mark.parametrize(

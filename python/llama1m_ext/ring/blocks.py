@@ -65,7 +65,9 @@ class Merged:
     def __init__(self, q: Tensor, scale: float) -> None:
         self.q, self.scale = q, scale
         self.out = gradients.like(q, torch.float32).zero_()
-        self.lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+        # Partials are merged in float32; only the sums go on in float64, or each merge would round them again: they are what
+        # all gradients are computed from.
+        self._lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float64, device=q.device)
         self._filled: list[tuple[int, int]] = []
 
     def add(self, k: Tensor, v: Tensor, pieces: Sequence[Piece], bounds: tuple[Tensor | None, Tensor | None]) -> None:
@@ -89,12 +91,17 @@ class Merged:
                 self._merge(lo, hi, partial[0], partial[1])
 
     def _merge(self, lo: int, hi: int, out: Tensor, lse: Tensor) -> None:
-        ours = self.out[:, :, lo:hi], self.lse[:, :, lo:hi]
+        ours, before = self.out[:, :, lo:hi], self._lse[:, :, lo:hi]
         if any(a < hi and lo < b for a, b in self._filled):
-            out, lse = ops.merge_partials([ours[0], out], [ours[1], lse])
+            out, _ = ops.merge_partials([ours, out], [before.float(), lse])
         self._filled.append((lo, hi))
-        ours[0].copy_(out)
-        ours[1].copy_(lse)
+        ours.copy_(out)
+        before.copy_(torch.logaddexp(before, lse.double()))
+
+    @property
+    def lse(self) -> Tensor:
+        """Log-sum-exps so far, float32 `[batch, q_heads, n]`."""
+        return self._lse.float()
 
 
 class Sums:

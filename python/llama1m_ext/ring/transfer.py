@@ -84,11 +84,16 @@ class Links:
                 self._count(peer, raw.numel(), control)
         if not ops:
             return Exchange(self, [], [], what)
-        try:
-            works = dist.batch_isend_irecv(ops)
-        except RuntimeError as e:
-            raise LinkError(f"rank {self.rank}: {what}: no message could be started: {_first_line(e)}") from e
-        return Exchange(self, works, peers if len(works) == len(peers) else [], what, [op.tensor for op in ops])
+        if ops[0].tensor.device.type != "cpu":
+            return Exchange(self, dist.batch_isend_irecv(ops), peers, what, [op.tensor for op in ops])
+        works = []
+        for op, (way, peer) in zip(ops, peers, strict=True):
+            try:
+                works.append(op.op(op.tensor, op.peer, group=op.group))
+            except RuntimeError as e:
+                said = f"no message {way} rank {peer} could be started (timeout {self.timeout:g} s): that rank died, or gave up"
+                raise LinkError(f"rank {self.rank}: {what}: {said}; {_first_line(e)}") from e
+        return Exchange(self, works, peers, what, [op.tensor for op in ops])
 
     def _count(self, peer: int, size: int, control: bool) -> None:
         if control:
@@ -134,7 +139,7 @@ class Exchange:
             try:
                 work.wait(timedelta(seconds=left))
             except RuntimeError as e:
-                way, peer = self._peers[i] if self._peers else ("to or from", -1)
+                way, peer = self._peers[i]
                 failed.append((f"{way} rank {peer}", _first_line(e)))
         links.waited += time.monotonic() - start
         self._tensors = []
