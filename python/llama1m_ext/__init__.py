@@ -53,7 +53,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What imports torch, transformers or the core waits until it is asked for (PEP 562).
-    if name in ("ops", "cache", "cuda", "data", "eval", "rope", "saved", "testing", "train"):
+    if name in ("ops", "cache", "cuda", "data", "eval", "ring", "rope", "saved", "testing", "train"):
         return importlib.import_module(f"{__name__}.{name}")
     if name == "LongCache":
         return importlib.import_module(f"{__name__}.cache").LongCache

@@ -11,6 +11,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+fresh = multiprocessing.get_context("forkserver")
+"""Processes come from one server for all test files, which has imported everything and computed nothing: one forked from pytest
+could not train, as autograd's threads, which an earlier test may have started, don't survive a fork."""
+fresh.set_forkserver_preload(
+    ["__main__", "torch", "transformers.models.llama.modeling_llama", "llama1m_ext.train", "llama1m_ext.ops"]
+)
+
 WAIT = 280.0
 """Seconds for a task before the test fails."""
 
@@ -24,15 +31,13 @@ class Crew:
     """
 
     def __init__(self, size: int, timeout: float = 60.0) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "llama1m_ext.ops", "llama1m_ext._core"])
         handle, self._store = tempfile.mkstemp(prefix="llama1m-crew-")
         os.close(handle)
         os.unlink(self._store)
         self.pipes, self.processes = [], []
         for rank in range(size):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, self._store, timeout, theirs), daemon=True)
+            mine, theirs = fresh.Pipe()
+            process = fresh.Process(target=_serve, args=(rank, size, self._store, timeout, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(mine)

@@ -120,3 +120,29 @@ def by_torch(case: Case, dtype: torch.dtype) -> list[Tensor]:
     torch.autograd.backward([out, lse], [grad.to(dtype), grad_lse.to(wide)])
     lse = lse.detach().masked_fill(dead, -torch.inf)
     return [out.detach(), lse, *(t.grad for t in (q, k, v) if t.grad is not None)]
+
+
+def of_training(group: Any, layout: dict[str, Any], borders: list[list[int]], seed: int) -> dict[str, Any]:
+    """A training step's attention on this rank, and its share of rows."""
+    from llama1m_ext.ring.training import RingAttention, share
+
+    spread, length = Layout(group, timeout=60, **layout), borders[0][-1]
+    whole = packed(len(borders), length, seed)
+    q, k, v, grad = (spread.shard(t, 2) for t in whole)
+    kind = RingAttention(spread, length, borders)
+    out, lse = kind.forward(q, k, v, 0.25)
+    grads = kind.backward(grad, q, k, v, out, lse, 0.25)
+    ids = torch.arange(2 * length).view(2, length)
+    mine = share(spread, ids, loss_weights=ids.float())
+    names = ("input_ids", "labels", "loss_weights", "position_ids")
+    return {
+        "results": [spread.gather(t, length, 2) for t in (out, *grads)],
+        "share": [spread.gather(getattr(mine, name), length) for name in names],
+        "denominator": float(mine.denominator),
+    }
+
+
+def packed(batch: int, length: int, seed: int) -> list[Tensor]:
+    """q, k, v and the gradient of out, of whole rows."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, heads, length, 16, generator=g) for heads in (4, 2, 2, 4)]

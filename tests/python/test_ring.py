@@ -10,8 +10,13 @@ import pytest
 import torch
 
 import ring_cases
+from conftest import assert_near
 from crew import Crew
 from llama1m_ext import testing
+from llama1m_ext.ring import Layout
+from llama1m_ext.ring.training import RingAttention
+from llama1m_ext.train.attention import Apart
+from llama1m_ext.train.forward import shift
 from ring_cases import Case
 
 
@@ -156,6 +161,26 @@ def test_the_same_bits_in_every_run(eight):
     first, second = run(eight, [case, case])
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", [{}, {"heads": 2}, {"heads": 4}, {"outer": 2, "sharding": "striped"}])
+def test_attention_of_a_training_step(eight, layout):
+    """Rows with documents of their own, as `train.loss` asks for them; shares of labels and weights."""
+    borders = [[0, 10, 50], [0, 10, 50], [0, 50], [0, 1, 2, 49, 50]]
+    answers = eight.run(4, ring_cases.of_training, layout, borders, 3)
+    q, k, v, grad = ring_cases.packed(4, 50, 3)
+    one = Apart(borders)
+    out, lse = one.forward(q, k, v, 0.25)
+    expected = out, *one.backward(grad, q, k, v, out, lse, 0.25)
+    ids = torch.arange(100).view(2, 50)
+    labels, weights = shift(ids, ids.float())
+    for answer in answers:
+        assert_near(answer["results"], expected, 2e-6)
+        for ours, whole in zip(answer["share"], (ids, labels, weights, torch.arange(50)[None]), strict=True):
+            assert torch.equal(ours, whole)
+        assert answer["denominator"] == weights.sum().item()
+    with pytest.raises(ValueError, match="borders: expected positions that rise from 0 to 50, got"):
+        RingAttention(Layout(), 50, [[0, 5, 5, 50]])
 
 
 def random_case(seed: int) -> Case:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import llama1m_ext
 from conftest import stock
+from crew import fresh
 from llama1m_ext import testing
 from llama1m_ext.rope import theta_for
 from llama1m_ext.train import Interrupted, Lora, Run, Stage, StagesError, extend
@@ -259,12 +259,6 @@ def test_tensorboard(tmp_path):
 
 
 # -- kills --------------------------------------------------------------------------------------------------------------
-
-
-# A process forked from this one could not train: autograd's threads, which an earlier test may have started, don't survive
-# a fork. So they come from a server that has imported everything and computed nothing.
-fresh = multiprocessing.get_context("forkserver")
-fresh.set_forkserver_preload(["__main__", "torch", "transformers.models.llama.modeling_llama", "llama1m_ext.train"])
 
 
 def forked(work: Callable[..., Any], *args: Any, sleep: float | None = None, number: int = signal.SIGKILL) -> int:
