@@ -258,6 +258,14 @@ def test_tensorboard(tmp_path):
     assert [point.value for point in curve] == pytest.approx(losses(tmp_path / "out"))
 
 
+def test_a_lock_that_a_killed_run_left(tmp_path):
+    for resume in (False, True):
+        out = tmp_path / str(resume)
+        out.mkdir()
+        (out / ".lock").touch()
+        assert run(out, stages=[{"length": 32, "steps": 1}], resume=resume).stages[0].steps == 1
+
+
 # -- kills --------------------------------------------------------------------------------------------------------------
 
 

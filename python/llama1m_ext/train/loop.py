@@ -170,10 +170,12 @@ class _Started:
         file = self.out / RUN_FILE
         if self.out.exists() and not self.out.is_dir():
             raise FileExistsError(f"out: expected a folder, got the file {self.out}")
-        if not self.resume and self.out.is_dir() and any(self.out.iterdir()):
+        # A run that was killed while it loaded its model has left its lock, and nothing else.
+        held = self.out.is_dir() and any(path.name != ".lock" for path in self.out.iterdir())
+        if not self.resume and held:
             what = "a run, which --resume goes on with" if file.exists() else "something else"
             raise FileExistsError(f"out: expected a new or empty folder, got {self.out} with {what}")
-        if self.resume and self.out.is_dir() and any(self.out.iterdir()) and not file.is_file():
+        if self.resume and held and not file.is_file():
             raise FileNotFoundError(
                 f"out: expected the folder of a run to go on with, got {self.out} without {RUN_FILE}"
             )
