@@ -156,6 +156,22 @@ def test_length_is_asked_for(eight):
         judge(case, made)
 
 
+def test_variable_length(eight):
+    """Rows packed of documents that cross shards, as in the tests of ring-flash-attention for variable length and for Llama 3's
+    gathered keys: a block goes no farther than its documents do."""
+    documents = (0, 15, 156)
+    for sharding in ("zigzag", "striped", "contiguous"):
+        cases = [Case(8, 529, {"sharding": sharding}, q_heads=5, kv_heads=5, documents=d) for d in (documents, None)]
+        for case, made in zip(cases, run(eight, cases), strict=True):
+            judge(case, made)
+    answers = eight.run(8, ring_cases.on_rank, cases)
+    packed, plain = (sum(a[i]["sent"][0].get("within", 0) for a in answers) for i in (0, 1))
+    block = 66 * 2 * 5 * 16 * 4
+    assert plain == block * sum(7 - rank for rank in range(8)), "only later queries need a block"
+    # Position 156 is in the third shard: the blocks before it stop there.
+    assert packed == block * (2 + 1 + sum(7 - rank for rank in range(2, 8)))
+
+
 def test_the_same_bits_in_every_run(eight):
     case = Case(4, 200, {"inner": 2, "outer": 2}, dtype=torch.bfloat16)
     first, second = run(eight, [case, case])

@@ -220,6 +220,18 @@ def test_command(tmp_path):
     assert answer.exit_code == 1 and "expected a file of TOML" in answer.output
 
 
+def test_devices_that_share_rows():
+    """Eight to a row: an eighth of what is kept, the same work in all, and blocks that travel."""
+    more = {"devices": 64, "shard": True, "gpu": True, "memory": "80GiB", "measure": False, "keep": "attention"}
+    alone, shared, all_of_them = (plan(CARD, sequence_parallel=n, **more).stages[-1] for n in (1, 8, 64))
+    assert (shared.step.length, shared.step.passes, all_of_them.step.passes) == (131072, 2, 16)
+    assert alone.parts.kept == 8 * shared.parts.kept == 64 * all_of_them.parts.kept
+    assert shared.flops == all_of_them.flops and shared.parts.layer > alone.parts.layer / 8
+    assert all_of_them.fits and not shared.fits
+    with pytest.raises(ValueError, match="sequence_parallel: expected a divisor of the 64 devices, got 3"):
+        plan(CARD, sequence_parallel=3, **more)
+
+
 def test_what_makes_no_sense():
     with pytest.raises(ValueError, match="devices: expected an int from 1 on, got 0"):
         plan(CARD, devices=0, measure=False)

@@ -105,6 +105,8 @@ def _lengths(layout: Layout, same: dict[str, object], n: int, problem: Exception
         return layout.agreed[key]
     lengths = agreement.agree(layout.links, same, n, problem, layout.control_device())
     if not every_time:
+        if len(layout.agreed) >= 1024:  # on all ranks at once: they have agreed on the same things
+            layout.agreed.clear()
         layout.agreed[key] = lengths
     return lengths
 

@@ -22,7 +22,7 @@ class Layout:
 
     A rank's number in the group is `(outer_rank * inner + inner_rank) * heads + head_rank`. Ranks of a ring hold shards of positions
     by `sharding`; the `heads` ranks that share a ring shard cut it into runs. All orders rise: a shard's tokens are in the order
-    of their positions.
+    of their positions. All ranks of the group make theirs, one layout for all calls.
 
     Args:
         group: the process group (gloo for tensors on the CPU, NCCL for those on GPUs); None: the default one.
@@ -89,11 +89,20 @@ class Layout:
         self.links = Links(group, rank, world_size, self.kind, self.timeout)
         self.agreed: dict[Any, list[int]] = {}
         self._backends = _backends(group) if world_size > 1 else {}
-        if self._backends.get("cuda") == "nccl" and inner > 1 and outer > 1:
-            ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        if self._backends.get("cuda") == "nccl":
+            self._connect()
+
+    def _connect(self) -> None:
+        """NCCL's communicators, which all ranks have to make together: later messages are between some of them."""
+        groups = [self.group]
+        if self.inner > 1 and self.outer > 1:
+            ranks = dist.get_process_group_ranks(self.group or dist.group.WORLD)
             self.links.second = dist.new_group(
                 ranks, use_local_synchronization=True, group_desc="llama1m_ext outer ring"
             )
+            groups.append(self.links.second)
+        for group in groups:
+            dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
     def __repr__(self) -> str:
         return (

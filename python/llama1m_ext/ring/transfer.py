@@ -85,7 +85,12 @@ class Links:
         if not ops:
             return Exchange(self, [], [], what)
         if ops[0].tensor.device.type != "cpu":
-            return Exchange(self, dist.batch_isend_irecv(ops), peers, what, [op.tensor for op in ops])
+            try:
+                works = dist.batch_isend_irecv(ops)
+            except RuntimeError as e:
+                said = f"no message to or from ranks {sorted({peer for _, peer in peers})} could be started"
+                raise LinkError(f"rank {self.rank}: {what}: {said}; {_first_line(e)}") from e
+            return Exchange(self, works, peers, what, [op.tensor for op in ops])
         works = []
         for op, (way, peer) in zip(ops, peers, strict=True):
             try:

@@ -20,7 +20,7 @@ class Step:
     """What a device does between two steps of the optimizer.
 
     Attributes:
-        length: tokens of a row.
+        length: tokens of a row, or of this device's share of it.
         rows: computed at a time.
         passes: of so many rows each.
         keep: what layers keep for backward.
@@ -31,6 +31,7 @@ class Step:
         gpu: whether it runs on a GPU.
         shards: processes that weights, gradients and optimizer states are spread over.
         threads: of the arithmetic.
+        ring: devices that share a row.
     """
 
     length: int
@@ -45,6 +46,7 @@ class Step:
     gpu: bool = False
     shards: int = 1
     threads: int = 1
+    ring: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def parts(shape: Shape, step: Step) -> Parts:
         file=kept if away and step.keep != "all" else 0,
         layer=_layer(shape, step, z),
         head=_head(shape, step, z),
-        rows=step.rows * step.passes * step.length * 8 * 2,
+        rows=step.rows * step.passes * step.length * step.ring * 8 * 2,
         checkpoint=12 * trained,
     )
 
@@ -148,6 +150,10 @@ def _layer(shape: Shape, step: Step, z: _Sizes) -> int:
     made = n * (z.q + z.lse) if step.keep == "inputs" else 0  # attention's output, again
     in_tail = n * (z.hidden + z.q) + tail + per_weight * tail_weights + (qkv if step.keep == "inputs" else 0)
     in_attention = n * (z.hidden + z.q) + 2 * qkv + shape.size * tail_weights
+    if (
+        step.ring > 1
+    ):  # blocks at hand, coming and leaving; float32: their gradients, those of q, and a step's share of each
+        in_attention += n * (6 * z.kv + 4 * (8 * shape.kv_dim + 2 * shape.q_dim))
     in_front = n * (2 * z.hidden) + qkv + front + shape.size * tail_weights + per_weight * front_weights
     return whole + got + made + max(in_tail, in_attention, in_front)
 

@@ -118,6 +118,7 @@ def plan(
     gpu: bool = False,
     devices: int = 1,
     shard: bool = False,
+    sequence_parallel: int = 1,
     measure: bool = True,
     threads: int | None = None,
     **settings: Any,
@@ -131,6 +132,7 @@ def plan(
         gpu: reckon with the larger pieces that a GPU works on.
         devices: how many compute rows beside each other.
         shard: whether weights, gradients and optimizer states are spread over them.
+        sequence_parallel: how many of them share each row (ring attention).
         measure: measure this machine for half a second, to estimate times (on the CPU, one device).
         threads: of the arithmetic; None: as torch has it.
         settings: fields of `Settings`, in the place of what `stages` says.
@@ -146,6 +148,8 @@ def plan(
         run = run.with_settings(**settings)
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ValueError(f"devices: expected an int from 1 on, got {devices!r}")
+    if type(sequence_parallel) is not int or sequence_parallel < 1 or devices % sequence_parallel:
+        raise ValueError(f"sequence_parallel: expected a divisor of the {devices} devices, got {sequence_parallel!r}")
     name, shape = shape_of(model_or_config, run.settings.dtype)
     shape = dataclasses.replace(shape, dtype=run.settings.dtype)
     loaded = shape.resident_bytes if shape.loaded is not None and memory is None else 0
@@ -165,6 +169,7 @@ def plan(
         shards=devices if shard else 1,
         threads=threads,
         rates=_rates(shape, threads) if measure and not gpu and devices == 1 else None,
+        sequence_parallel=sequence_parallel,
     )
     return dataclasses.replace(made, model=name)
 
@@ -207,6 +212,7 @@ def planned(
             gpu=gpu,
             shards=shards,
             threads=threads,
+            ring=sequence_parallel,
         )
         step = _chosen(shape, step, s.keep, limit)
         phases = plan_bytes.peaks(shape, step)
