@@ -91,7 +91,7 @@ class Links:
                 said = f"no message to or from ranks {sorted({peer for _, peer in peers})} could be started"
                 raise LinkError(f"rank {self.rank}: {what}: {said}; {_first_line(e)}") from e
             return Exchange(self, works, peers, what, [op.tensor for op in ops])
-        works = []
+        works: list[Any] = []
         for op, (way, peer) in zip(ops, peers, strict=True):
             try:
                 works.append(op.op(op.tensor, op.peer, group=op.group))
