@@ -86,11 +86,11 @@ class Links:
             return Exchange(self, [], [], what)
         if ops[0].tensor.device.type != "cpu":
             try:
-                works = dist.batch_isend_irecv(ops)
+                batch = dist.batch_isend_irecv(ops)
             except RuntimeError as e:
                 said = f"no message to or from ranks {sorted({peer for _, peer in peers})} could be started"
                 raise LinkError(f"rank {self.rank}: {what}: {said}; {_first_line(e)}") from e
-            return Exchange(self, works, peers, what, [op.tensor for op in ops])
+            return Exchange(self, batch, peers, what, [op.tensor for op in ops])
         works: list[Any] = []
         for op, (way, peer) in zip(ops, peers, strict=True):
             try:
