@@ -311,6 +311,12 @@ fn errors_name_the_value() {
     assert!(text(ring(1, 0).unwrap_err()).starts_with("outer: expected"));
     assert!(text(ring(1 << 10, 1 << 10).unwrap_err()).starts_with("inner x outer: expected at most 4096"));
     assert!(text(ring(2, 2).unwrap().steps(4).unwrap_err()).starts_with("rank: expected"));
+    let many: Vec<u64> = (0..(1 << 16) + 1).collect();
+    let packed = |sharding| Ring::new(sharding, 1 << 20, 64, 64, true, many.clone()).map(|_| ());
+    let says = "documents: expected at most 65536 documents in striped shards of 4096 ranks, got 65537";
+    assert_eq!(text(packed(Sharding::Striped).unwrap_err()), says);
+    assert_eq!(text(balance(Sharding::Striped, 1 << 20, 4096, true, &many).unwrap_err()), says);
+    packed(Sharding::Zigzag).unwrap();
     let bytes = TokenBytes { kv: 1, gradients: 1 };
     assert!(text(ring(2, 2).unwrap().sent(0, bytes).unwrap_err()).starts_with("per_node: expected"));
 }

@@ -126,7 +126,8 @@ def ring_schedule(
     Args:
         sharding, length: as in `ring_shard`.
         causal: whether a query sees no later key.
-        documents: start positions of packed documents, ascending, the first 0; no query sees another document.
+        documents: start positions of packed documents, ascending, the first 0; no query sees another document. In striped shards
+            at most `2^28 / ranks`.
 
     Returns:
         `inner * outer` steps `(step, source, needed, pieces, receive_from, inner_to, outer_to)`:

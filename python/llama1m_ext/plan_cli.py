@@ -58,10 +58,10 @@ def plan(
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of a node.", rich_help_panel=RING)] = 8,
     inter: Annotated[
-        str, typer.Option(help="What a node's link to others carries: 400Gb.", rich_help_panel=RING)
+        str, typer.Option(help="What a node's link to others carries, one way: 400Gb.", rich_help_panel=RING)
     ] = "400Gb",
     intra: Annotated[
-        str, typer.Option(help="What a GPU sends within its node: 900GB.", rich_help_panel=RING)
+        str, typer.Option(help="What a GPU sends within its node, one way: 900GB.", rich_help_panel=RING)
     ] = "900GB",
     rails: Annotated[int, typer.Option(min=1, help="Such links of a node.", rich_help_panel=RING)] = 1,
     latency: Annotated[float, typer.Option(min=0, help="Microseconds of a message.", rich_help_panel=RING)] = 20,

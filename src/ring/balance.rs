@@ -1,6 +1,6 @@
 //! How evenly the work lies.
 
-use super::shard::{Run, Sharding, check, runs};
+use super::shard::{Run, Sharding, check, check_parts, runs};
 use crate::error::Result;
 
 /// Visible (query, key) pairs of the queries that a rank holds: arithmetic series, nothing is counted one by one.
@@ -37,9 +37,10 @@ fn of_run(run: &Run, length: u64, causal: bool, documents: &[u64]) -> u128 {
 /// Largest work of a rank over the mean: 1.0 is even, and where there is no work.
 ///
 /// # Errors
-/// As [`super::shard`].
+/// As [`super::shard`], and as [`super::Ring::new`] of documents.
 pub fn balance(sharding: Sharding, length: u64, ranks: u64, causal: bool, documents: &[u64]) -> Result<f64> {
     check(length, ranks, 0)?;
+    check_parts(sharding, ranks, documents)?;
     let (mut most, mut total) = (0, 0);
     for rank in 0..ranks {
         let of_rank = work(sharding, length, ranks, rank, causal, documents)?;

@@ -1,7 +1,7 @@
 //! The steps of a rank: whose block is at hand, what is attended, where the block goes next.
 
 use super::pieces::{Piece, pieces, touches};
-use super::shard::{MAX_RANKS, Run, Sharding, check, runs};
+use super::shard::{MAX_RANKS, Run, Sharding, check, check_parts, runs};
 use crate::error::{Error, Result};
 
 /// Most pieces of a rank's schedule: packed documents under striped shards have one for each document and step.
@@ -49,7 +49,7 @@ impl Ring {
     /// A ring of `inner x outer` ranks; `documents` are start positions, as [`super::documents_of`] checks them.
     ///
     /// # Errors
-    /// Numbers that are 0 or too large.
+    /// Numbers that are 0 or too large; more documents than striped shards of so many ranks can be asked for.
     pub fn new(
         sharding: Sharding,
         length: u64,
@@ -68,6 +68,7 @@ impl Ring {
             return Err(Error::value("inner x outer", format!("at most {MAX_RANKS} ranks"), ranks));
         }
         check(length, ranks, 0)?;
+        check_parts(sharding, ranks, &documents)?;
         let shards = (0..ranks).map(|rank| runs(sharding, length, ranks, rank)).collect();
         Ok(Self { inner, outer, causal, documents, shards })
     }

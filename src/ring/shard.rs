@@ -66,6 +66,19 @@ impl Run {
     }
 }
 
+/// Most documents times ranks of striped shards, where every rank may hold a part of every document: seconds of work.
+const MAX_PARTS: u64 = 1 << 28;
+
+/// Refuses documents that would take minutes.
+pub(super) fn check_parts(sharding: Sharding, ranks: u64, documents: &[u64]) -> Result<()> {
+    let most = MAX_PARTS / ranks;
+    if sharding == Sharding::Striped && documents.len() as u64 > most {
+        let expected = format!("at most {most} documents in striped shards of {ranks} ranks");
+        return Err(Error::value("documents", expected, documents.len()));
+    }
+    Ok(())
+}
+
 /// Checks what every function here is given.
 pub(super) fn check(length: u64, ranks: u64, rank: u64) -> Result<()> {
     if length > MAX_LENGTH {
