@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -58,12 +59,12 @@ class Crew:
         """As `run`, of each rank (True, value) or (False, traceback); (False, "died") where a process is no more."""
         for pipe in self.pipes[:ranks]:
             with contextlib.suppress(OSError):
-                pipe.send((ranks, task, args, kwargs))
+                pipe.send_bytes(pickle.dumps((ranks, task, args, kwargs)))  # by value: torch's own way shares memory
         deadline, found = time.monotonic() + WAIT, []
         for pipe in self.pipes[:ranks]:
             try:
                 assert pipe.poll(max(0.0, deadline - time.monotonic())), f"no answer within {WAIT} s: {task.__name__}"
-                found.append(pipe.recv())
+                found.append(pickle.loads(pipe.recv_bytes()))
             except (EOFError, ConnectionError):
                 found.append((False, "died"))
         return found
@@ -91,13 +92,14 @@ def _serve(rank: int, size: int, store: str, timeout: float, pipe: Any) -> None:
     groups[size] = dist.group.WORLD
     while True:
         try:
-            ranks, task, args, kwargs = pipe.recv()
+            ranks, task, args, kwargs = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         try:
-            pipe.send((True, task(groups[ranks], *args, **kwargs)))
+            answer = True, task(groups[ranks], *args, **kwargs)
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(answer))
 
 
 @contextlib.contextmanager

@@ -83,6 +83,7 @@ def test_against_float64(eight, ranks, sharding):
     cases = [
         Case(ranks, 64 + i * (3 if ranks == 3 else 1), {"sharding": sharding}, seed=i, **shape)
         for i, shape in enumerate(SHAPES)
+        if ranks < 8 or i % 2 == len(sharding) % 2
     ]
     for case, made in zip(cases, run(eight, cases), strict=True):
         judge(case, made)
@@ -94,7 +95,7 @@ def test_against_float64(eight, ranks, sharding):
 def test_layers_of_parallelism_on_four(eight, layout):
     cases = [
         Case(4, 70 + i, {"sharding": ("zigzag", "striped", "contiguous")[i % 3], **layout}, seed=i, **shape)
-        for i, shape in enumerate(SHAPES)
+        for i, shape in enumerate(SHAPES[::2])
     ]
     for case, made in zip(cases, run(eight, cases), strict=True):
         judge(case, made)
@@ -115,7 +116,7 @@ def test_layers_of_parallelism_on_eight(eight, layout):
     cases = [
         Case(8, 90 + i, {"sharding": sharding, **layout}, q_heads=8, kv_heads=(8, 2, 1)[i % 3], seed=i, **more)
         for i, sharding in enumerate(("zigzag", "striped", "contiguous"))
-        for more in ({}, {"documents": (0, 20, 55), "dtype": torch.bfloat16, "batch": 2, "start": (0, 11)})
+        for more in [({}, {"documents": (0, 20, 55), "dtype": torch.bfloat16, "batch": 2, "start": (0, 11)})[i % 2]]
     ]
     for case, made in zip(cases, run(eight, cases), strict=True):
         judge(case, made)
@@ -244,14 +245,14 @@ def by_ranks(seeds: range) -> dict[int, list[Case]]:
 
 
 def test_random(eight):
-    for cases in by_ranks(range(40)).values():
+    for cases in by_ranks(range(24)).values():
         for case, made in zip(cases, run(eight, cases), strict=True):
             judge(case, made, 2.0)  # few numbers: a seed decides
 
 
 @pytest.mark.slow
 def test_random_long(eight):
-    for cases in by_ranks(range(1000, 2000)).values():
+    for cases in by_ranks(range(1000, 1600)).values():
         for at in range(0, len(cases), 20):
             for case, made in zip(cases[at : at + 20], run(eight, cases[at : at + 20]), strict=True):
                 judge(case, made, 2.5)
