@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -107,7 +108,10 @@ def environment(at: Path, version: str) -> Path:
     lines = [f"import site; site.addsitedir({p!r})" for p in base]
     (overlay / "base.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
-    show(*pip, "install", "-q", f"transformers=={version}", stdout=subprocess.DEVNULL)
+    words = ["install", "-q", f"transformers=={version}"]
+    if importlib.metadata.version("transformers") == version:
+        words += ["--ignore-installed", "--no-deps"]  # the base's own: pip would see nothing to do
+    show(*pip, *words, stdout=subprocess.DEVNULL)
     return python
 
 

@@ -106,8 +106,12 @@ class SlidingLayer:
 
     @property
     def length(self) -> int:
-        """Tokens seen, those that are gone included."""
-        return self.layer.get_seq_length()
+        """Tokens seen, those that are gone included.
+
+        Assisted generation in transformers 5.15 to 5.17 crops by a tensor, which makes the layer's own count a tensor that
+        `update` then adds to in place.
+        """
+        return int(self.layer.get_seq_length())
 
     def fits(self, k: Tensor, v: Tensor) -> bool:
         """Whether these can follow what is there."""
@@ -131,7 +135,8 @@ class SlidingLayer:
         self.all = None
 
     def snapshot(self) -> dict[str, Any]:
-        return dict(self.layer.__dict__)  # update() makes new tensors, and leaves these
+        # update() makes new tensors, and leaves these; but for the count, see `length`.
+        return {**self.layer.__dict__, "cumulative_length": self.length}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         self.all = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import types
 
 import pytest
 import torch
@@ -111,6 +112,13 @@ def test_the_layers_are_llama_s(name):
             owner, _, function = part.partition(".")
             mine = getattr(getattr(theirs, family.prefix + owner), function)
             llamas = getattr(getattr(modeling_llama, "Llama" + owner), function)
+            if part == "RotaryEmbedding.forward" and text(mine, family.prefix) != text(llamas, "Llama"):
+                # Put in other words in 5.15 to 5.18: then what it computes.
+                rotary = types.SimpleNamespace(rope_type="default", inv_freq=torch.rand(16), attention_scaling=1.25)
+                x, positions = torch.zeros(2, 3, dtype=torch.bfloat16), torch.randint(0, 1 << 20, (2, 40))
+                for a, b in zip(mine(rotary, x, positions), llamas(rotary, x, positions), strict=True):
+                    assert torch.equal(a, b), part
+                continue
             assert text(mine, family.prefix) == text(llamas, "Llama"), part
         assert text(theirs.apply_rotary_pos_emb, family.prefix) == text(modeling_llama.apply_rotary_pos_emb, "Llama")
 
@@ -188,6 +196,22 @@ def test_ways_that_take_tokens_back(name):
             assert ours == theirs and "Cannot `crop`" in theirs, more  # so some releases before 5.23
         else:
             assert torch.equal(ours, theirs), more
+    assert only_ours(model)
+
+
+def test_a_count_of_tokens_that_is_a_tensor():
+    """As a crop by a tensor leaves it, and `update` adds to in place (assisted generation in 5.15 to 5.17)."""
+    model, ids = made("ministral", slides=True), testing.random_ids(1, 30)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :25], past_key_values=cache)
+        for layer in caches[1].layers:
+            if type(layer) is DynamicSlidingWindowLayer:
+                layer.cumulative_length = torch.tensor(layer.cumulative_length)
+        want, got = (model(ids[:, 25:], past_key_values=cache).logits for cache in caches)
+    assert torch.equal(got, want)
+    assert caches[1].get_seq_length() == 30
     assert only_ours(model)
 
 
