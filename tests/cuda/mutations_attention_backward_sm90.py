@@ -43,7 +43,6 @@ MUTATIONS = [
     (SM90, ": column + c <= r + offset &&", ": column + c < r + offset &&", "a query does not see its own key (queries)"),
     (SM90, "KEYS ? row0 + ROWS - 1 <= sweep.at + offset", "KEYS ? row0 <= sweep.at + offset", "no mask where a tile of keys crosses the diagonal"),
     (SM90, "sweep.at + C - 1 <= row0 + offset", "sweep.at <= row0 + offset", "no mask where a step of keys crosses the diagonal"),
-    (SM90, "n == C && ", "", "no mask beyond the last key"),
     (SM90, "                clear_rows<D, C>(smem + (y0 - at.x0), n, threadIdx.x % 128);\n", "", "keys that kv_end hides are NaN"),
     (SM90, "                named_bar_sync(1 + group, 128);\n", "", "keys are read while others clear them"),
     (SM90, "slope[i] = column + i / 4 * 8 + i % 2 < sweep.at + n ? slope[i] : 0.f;", "(void)0;", "slopes of keys that kv_end hides are NaN"),
