@@ -20,8 +20,9 @@ from .remember import forget, remember
 from .stats import Stats, stats
 
 if TYPE_CHECKING:
-    from . import cache, cuda, ops, rope, saved
+    from . import cache, cuda, ops, ring, rope, saved
     from .cache import LongCache
+    from .ring.membership import distributed
 
     __version__: str
 
@@ -36,6 +37,7 @@ __all__ = [
     "cache",
     "cuda",
     "disable",
+    "distributed",
     "enable",
     "extend",
     "forget",
@@ -44,6 +46,7 @@ __all__ = [
     "patch_model",
     "plan",
     "remember",
+    "ring",
     "rope",
     "saved",
     "set_options",
@@ -55,6 +58,8 @@ def __getattr__(name: str) -> Any:
     # What imports torch, transformers or the core waits until it is asked for (PEP 562).
     if name in ("ops", "cache", "cuda", "data", "eval", "ring", "rope", "saved", "testing", "train"):
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "distributed":
+        return importlib.import_module(f"{__name__}.ring.membership").distributed
     if name == "LongCache":
         return importlib.import_module(f"{__name__}.cache").LongCache
     if name == "__version__":

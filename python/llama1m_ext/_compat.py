@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from . import final_length
+from .options import read as read_options
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 EXPLICIT = "_llama1m_sdpa_by_name"
@@ -224,10 +226,20 @@ def generate(original: Callable[..., Any], owner: Any) -> Callable[..., Any]:
         cache = given_cache(kwargs)
         if hasattr(cache, "warn_of_other_tokens"):
             cache.warn_of_other_tokens(kwargs.get("input_ids") if inputs is None else inputs)
-        with final_length.generating(self):
+        with final_length.generating(self), _ranks(self, kwargs):
             return super(owner, self).generate(inputs, *args, **kwargs)
 
     return generate_from_mapping
+
+
+def _ranks(owner: Any, kwargs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """What ranks that share a model do about a `generate`; nothing where it is this process's alone."""
+    inner = getattr(owner, "model", None)
+    if inner is None or read_options(inner).ring is None:
+        return contextlib.nullcontext()
+    from .ring import membership
+
+    return membership.generating(owner, kwargs)
 
 
 def prepare_cache(original: Callable[..., Any] | None, owner: Any) -> Callable[..., Any] | None:

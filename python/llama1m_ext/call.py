@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from .placement import device_of, spread
 from .questions import Questions
 from .rope import Rope, Still
 from .window import SlidingLayer
+
+if TYPE_CHECKING:
+    from .ring.inside import RingCall
 
 MARK = "_llama1m"
 """Our functions carry it, so that a module whose forward is another one is seen."""
@@ -70,6 +73,7 @@ class Call:
         ordinary: whether these are what they are by default; None: not looked at yet.
         rope: the rotation; set when the embeddings are known.
         logits: whether the positions wanted will get logits.
+        ring: what several ranks make of the call, or None: this process has all of it.
         scratch: memory for the new keys and values of one layer, as long as it is computed.
         served: attention calls that our kernel computed.
     """
@@ -92,6 +96,7 @@ class Call:
         "past_len",
         "position_ids",
         "q_len",
+        "ring",
         "rope",
         "scratch",
         "served",
@@ -104,6 +109,7 @@ class Call:
         self.past_len = self.served = 0
         self.layers: list[Any] = []
         self.cache: Any = None
+        self.ring: RingCall | None = None
         self.cache_layers: list[PagedLayer | SlidingLayer] | None = None
         self.pages: list[PagedLayer] | None = None
         self.windows: list[int | None] = []
@@ -131,7 +137,7 @@ class Call:
             raise NotServed(f"dtype {embeds.dtype}")
         if type(embeds) is not Tensor:
             raise NotServed(f"a tensor of type {type(embeds).__name__}")
-        decide_format(self)
+        decide_format(self if self.ring is None else self.ring.local)
         head_dim = self.layers[0].self_attn.head_dim
         self.rope = Rope(self.kind.module, self.model.rotary_emb, embeds, self.position_ids, head_dim)
 
@@ -294,13 +300,27 @@ def open_call(model: Any, given: Mapping[str, Any]) -> Call | str:
             return "gradients over a cache"
         call.cache = cache
     elif cache is not None:
-        layers = cache_layers(cache, call.windows, call.options.page_size)
+        layers = _layers_of(cache, call)
         if isinstance(layers, str):
             return layers
-        call.cache, call.cache_layers, call.past_len = cache, layers, layers[0].length
+        call.cache, call.cache_layers, call.past_len = cache, layers, layers[0].get_seq_length()
         call.pages = [layer for layer in layers if isinstance(layer, PagedLayer)]
         call.snapshots = [layer.snapshot() for layer in layers]
     return _positions_and_mask(call, given, source.device) or call
+
+
+def _layers_of(cache: Any, call: Call) -> list[PagedLayer | SlidingLayer] | str:
+    """The layers of a cache as pages, or why it must be left alone."""
+    if call.options.ring is None:
+        return cache_layers(cache, call.windows, call.options.page_size)
+    from .ring import membership, shard_layer  # only where several ranks share a model
+
+    layout = membership.layout_of(call.model, call.options)
+    assert layout is not None
+    found = shard_layer.shard_layers(
+        cache, len(call.windows), call.options.page_size, layout.rank, layout.world_size
+    )
+    return found if isinstance(found, str) else [*found]
 
 
 def _arguments(model: Any, given: Mapping[str, Any]) -> str | None:

@@ -84,6 +84,10 @@ def attend(
     if layer is not None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return GRADIENTS  # pages are written in place
     rope = call.rope_of(attn)
+    if call.ring is not None and layer is not None:
+        out = call.ring.attention(attn, q, k, v, layer, rope, call)  # type: ignore[arg-type]  # a shard
+        call.served += 1
+        return linear("x", attn.o_proj, out.transpose(1, 2).reshape(batch, n, -1))
     if layer is None:
         rotated, k = rope.apply(q, k, at=at)
         if call.gradients and call.cache is not None:

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from . import _compat, families, patch, plan_call, stock_path
 from .cache import LongCache
 from .call import KEEP, MARK, Call, NotServed, is_ours, open_call
+from .options import read
 from .prefill import is_long, layer_major
 from .stats import count
 
@@ -40,13 +41,15 @@ def model_forward(original: Forward, owner: type) -> Forward:
         if not patch.is_enabled():
             return original(self, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        call = open_call(self, given)
+        call = open_call(self, given) if read(self).ring is None else _shared(self, given, keep or 0)
         if isinstance(call, Call):
             try:
                 call.logits = keep is not None
                 return serve(call, given, keep or 0)
             except NotServed as why:
                 call.rewind()
+                if call.ring is not None:
+                    raise RuntimeError(f"ring: expected a call that all ranks can serve together, got {why}") from why
                 call = str(why)
             except BaseException:  # Ctrl-C too: the cache, which may be the user's, is as before the call
                 call.rewind()
@@ -66,6 +69,21 @@ def _shelf_of(call: Call, ids: Tensor | None) -> Shelf | None:
     return shelf_of(call, ids)
 
 
+def _shared(model: Any, given: dict[str, Any], keep: int) -> Call:
+    """A call of a model that several ranks share. None of them takes the stock path: each would compute everything."""
+    from .ring import inside, membership  # only who has several ranks needs torch.distributed
+
+    layout = membership.layout_of(model)
+    assert layout is not None
+    return inside.enter(layout, model, lambda: open_call(model, given), given, keep, _wants_all(model.config, given))
+
+
+def _wants_all(config: Any, given: dict[str, Any]) -> bool:
+    """Whether the states after each layer are asked for."""
+    wanted = given.get("output_hidden_states")
+    return config.output_hidden_states if wanted is None else wanted
+
+
 def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
     """The model's output, or `NotServed`.
 
@@ -74,8 +92,7 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
     """
     model, config = call.model, call.model.config
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    want_all = given.get("output_hidden_states")
-    want_all = config.output_hidden_states if want_all is None else want_all
+    want_all = _wants_all(config, given)
     states: tuple[Tensor, ...] | None = None
     shelf = None if call.options.remember is None or call.past_len or call.gradients else _shelf_of(call, ids)
     whole, taken, places = ids, 0, given.get("cache_position")
@@ -83,16 +100,24 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
         assert ids is not None
         taken = shelf.take(call, ids, keep)
         ids, places = ids[:, taken:], None if places is None else places[taken:]
-    if not want_all and not call.gradients and is_long(call, embeds):
+    if call.ring is not None and call.ring.sharded:
+        from .ring.prefill import sharded
+
+        hidden = sharded(call, ids, embeds, keep)
+        count(model, layer_major=1)
+    elif call.ring is None and not want_all and not call.gradients and is_long(call, embeds):
         hidden = layer_major(call, ids, embeds, keep)
         count(model, layer_major=1)
     else:
-        if not call.gradients:
+        if not call.gradients and call.ring is None:
             plan_call.check(call, keep, call.q_len)
         hidden = model.embed_tokens(ids) if embeds is None else embeds
         call.begin(hidden)
         for page in call.pages or ():
-            page.expect(call.past_len + call.q_len, call.scratch)
+            if call.ring is None:
+                page.expect(call.past_len + call.q_len, call.scratch)
+            else:
+                call.ring.expect(page, call.q_len if call.ring.is_owner else 0)
         more = {_compat.cache_name(): call.cache}
         if places is not None:
             more["cache_position"] = places

@@ -46,6 +46,7 @@ class Options:
             longest time are removed for new ones. `"auto"`: half of what is free on the disk and what they take already.
         replace_sdpa: serve the model also where `attn_implementation="sdpa"` was asked for by name (which otherwise
             gets transformers' own sdpa, as any other name does).
+        ring: the name of the ranks that share the model, as `distributed` sets it. None: this process alone.
 
     Raises:
         ValueError, TypeError: a value that makes no sense; the message names it.
@@ -63,6 +64,7 @@ class Options:
     remember: str | None = None
     remember_bytes: int | str = "auto"
     replace_sdpa: bool = False
+    ring: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("chunk", "min_layer_major_len", "page_size"):
@@ -88,6 +90,8 @@ class Options:
                 object.__setattr__(self, name, os.fspath(value))  # builtins only: see the module's docstring
             elif not (value is None or isinstance(value, str)):
                 raise TypeError(f"{name}: expected a path or None, got {value!r}")
+        if not (self.ring is None or isinstance(self.ring, str)):
+            raise TypeError(f"ring: expected a name that distributed() made, or None, got {self.ring!r}")
         if not (isinstance(self.progress, bool) or self.progress == "auto"):
             raise TypeError(f'progress: expected "auto", True or False, got {self.progress!r}')
         if not isinstance(self.replace_sdpa, bool):

@@ -122,7 +122,11 @@ def _limit(call: Call) -> None:
 def _new(call: Call) -> int:
     """Tokens that are still to come in each row after this call, as far as somebody says."""
     final = None if call.pages is None else final_length.of(call.model)
-    return 0 if final is None else max(0, final - call.past_len - call.q_len)
+    if final is None:
+        return 0
+    if call.ring is not None:
+        return -(-max(0, final - call.ring.total) // call.ring.layout.world_size)
+    return max(0, final - call.past_len - call.q_len)
 
 
 def _is_small(call: Call) -> bool:

@@ -30,7 +30,7 @@ def is_long(call: Call, embeds: Tensor | None) -> bool:
     n, limit = call.q_len, call.options.min_layer_major_len
     if n == 1:
         return False
-    if n < limit if limit != "auto" else n <= _chunk(call, embeds):
+    if n < limit if limit != "auto" else n <= chunk_of(call, embeds):
         return False
     return not watched(call)
 
@@ -51,7 +51,7 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
         NotServed: something that shows only on the way; the cache is to be rewound then.
     """
     model, n = call.model, call.q_len
-    chunk = _chunk(call, embeds)
+    chunk = chunk_of(call, embeds)
     plan_call.check(call, keep, chunk)
     if embeds is None:
         assert ids is not None
@@ -80,7 +80,7 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
         else:
             hidden[:, :chunk] = first
             if n > chunk:
-                _embed(model.embed_tokens, ids[:, chunk:], hidden[:, chunk:], chunk)  # type: ignore[index]  # one is given
+                embed(model.embed_tokens, ids[:, chunk:], hidden[:, chunk:], chunk)  # type: ignore[index]  # one is given
         del first
         for i, layer in enumerate(call.layers[done:], done):
             hidden = hidden.to(device_of(layer, hidden.device))
@@ -95,11 +95,11 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
             if silent:
                 space = Workspace()  # less is needed now, and all pages are there
             with loaded(layer):
-                for a, b in _chunks(0, silent, chunk):
+                for a, b in chunks(0, silent, chunk):
                     # Nobody will look at these positions of the last layer: their keys and values are all that matters.
-                    _keys_only(layer, hidden[:, a:b], call, page, a, space)
+                    keys_only(layer, hidden[:, a:b], call, page, a, space)
                     pace.step(cost.keys(b - a), hidden.device)
-                for a, b in _chunks(silent, n, chunk):
+                for a, b in chunks(silent, n, chunk):
                     _layer(layer, hidden[:, a:b], call, page, a, space)
                     pace.step(cost.chunk(a, b), hidden.device)
             page.seal()
@@ -109,7 +109,7 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
             return model.norm(hidden[:, n - keep :])
         out = hidden = hidden.to(device_of(model.norm, hidden.device))
         with loaded(model.norm):
-            for a, b in _chunks(0, n, chunk):
+            for a, b in chunks(0, n, chunk):
                 normed = model.norm(hidden[:, a:b])
                 if normed.dtype != out.dtype:
                     out = hidden.to(normed.dtype)
@@ -117,11 +117,11 @@ def layer_major(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int
         return out
 
 
-def _embed(table: Any, ids: Tensor, hidden: Tensor, chunk: int) -> None:
+def embed(table: Any, ids: Tensor, hidden: Tensor, chunk: int) -> None:
     """Embeddings of ids `[batch, n]`, into hidden `[batch, n, hidden]`."""
     ids = ids.to(device_of(table, ids.device))
     with loaded(table):
-        for a, b in _chunks(0, ids.shape[1], chunk):
+        for a, b in chunks(0, ids.shape[1], chunk):
             hidden[:, a:b] = table(ids[:, a:b])
 
 
@@ -130,19 +130,19 @@ def _layer(layer: Any, hidden: Tensor, call: Call, page: PagedLayer | SlidingLay
     out = llama.attend(layer.self_attn, space.norm("x", layer.input_layernorm, hidden), call, page, at, space)
     if isinstance(out, str):
         raise NotServed(out)
-    _add(hidden, out)
+    add(hidden, out)
     del out
     x = space.norm("x", layer.post_attention_layernorm, hidden)
-    _add(hidden, space.mlp(layer.mlp, x) if call.kind.family.plain_mlp else layer.mlp(x))
+    add(hidden, space.mlp(layer.mlp, x) if call.kind.family.plain_mlp else layer.mlp(x))
 
 
-def _add(hidden: Tensor, out: Tensor) -> None:
+def add(hidden: Tensor, out: Tensor) -> None:
     if torch.promote_types(hidden.dtype, out.dtype) != hidden.dtype:
         raise NotServed(f"a layer gives {out.dtype} for {hidden.dtype}")
     hidden.add_(out)
 
 
-def _keys_only(
+def keys_only(
     layer: Any, hidden: Tensor, call: Call, page: PagedLayer | SlidingLayer, at: int, space: Workspace
 ) -> None:
     attn = layer.self_attn
@@ -157,12 +157,12 @@ def _keys_only(
     llama.store(page, None, k, v, call.rope_of(attn), at)
 
 
-def _chunks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+def chunks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
     for a in range(start, end, size):
         yield a, min(a + size, end)
 
 
-def _chunk(call: Call, embeds: Tensor | None) -> int:
+def chunk_of(call: Call, embeds: Tensor | None) -> int:
     if call.options.chunk != "auto":
         return call.options.chunk
     dtype = call.model.dtype if embeds is None else embeds.dtype

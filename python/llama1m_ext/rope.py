@@ -6,6 +6,7 @@ for inv_freq and attention scaling is kept, for each of its RoPE types, includin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +52,17 @@ class Rope:
         if self._tables is None:
             self._tables = self.rotary(self.like, position_ids=self.positions)
         return self._tables
+
+    def at(self, index: Tensor) -> Rope:
+        """The rotation of some of the call's tokens, int64 `[m]`, with frequencies as they are for all of them."""
+        made = copy.copy(self)
+        made.positions, made._elsewhere = self.positions.index_select(1, index), {}
+        if self.inv_freq is None:
+            cos, sin = self.tables
+            made._tables = cos.index_select(1, index.to(cos.device)), sin.index_select(1, index.to(sin.device))
+        else:
+            made._tables = None
+        return made
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tables)

@@ -113,6 +113,9 @@ class SlidingLayer:
         """
         return int(self.layer.get_seq_length())
 
+    def get_seq_length(self) -> int:
+        return self.length
+
     def fits(self, k: Tensor, v: Tensor) -> bool:
         """Whether these can follow what is there."""
         mine = self.layer.keys if self.layer.is_initialized else None

@@ -1,0 +1,116 @@
+"""What ranks do in tests of models that they share, and what a single process does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llama1m_ext
+from llama1m_ext import LongCache, set_options, testing
+
+
+@dataclass(frozen=True)
+class Talk:
+    """Calls of a model over one cache.
+
+    Attributes:
+        turns: tokens of each call.
+        keep: `logits_to_keep` of each call.
+        pads: tokens that are padding at the beginning of each row; empty: no mask.
+        model, layout, options: arguments of `tiny_model`, `distributed` and `set_options`.
+        crops: tokens that are forgotten after each call.
+    """
+
+    turns: tuple[int, ...] = (50,)
+    batch: int = 1
+    keep: int = 0
+    pads: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    cached: bool = True
+    crops: int = 0
+    embeds: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def ids(self) -> Tensor:
+        return testing.random_ids(self.batch, sum(self.turns), 7)
+
+    def mask(self, length: int) -> Tensor | None:
+        if not self.pads:
+            return None
+        return (torch.arange(length) >= torch.tensor(self.pads)[:, None]).long()
+
+
+def said(group: Any, talk: Talk) -> tuple[list[Tensor], dict[str, Any]]:
+    """Logits of each call; and what the rank holds then. group None: this process alone."""
+    model = testing.tiny_model(3, talk.dtype, **talk.model)
+    set_options(model, progress=False, **talk.options)
+    if group is not None:
+        layout = llama1m_ext.distributed(model, None if group == "alone" else group, **talk.layout)
+    cache = LongCache() if talk.cached else None
+    whole, at, made = talk.ids(), 0, []
+    with torch.no_grad():
+        for n in talk.turns:
+            ids = whole[:, at : at + n]
+            mask = talk.mask(at + n)
+            places = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, at:]
+            given = {"inputs_embeds": model.model.embed_tokens(ids)} if talk.embeds else {"input_ids": ids}
+            out = model(
+                **given,
+                attention_mask=mask,
+                position_ids=places,
+                past_key_values=cache,
+                logits_to_keep=talk.keep,
+                use_cache=talk.cached,
+            )
+            made.append(out.logits)
+            at += n
+            if talk.crops:
+                cache.crop(-talk.crops)
+                at -= talk.crops
+    facts: dict[str, Any] = {"stats": llama1m_ext.stats(model)}
+    if group is not None:
+        facts["sent"] = dict(layout.links.sent)
+    if cache is not None:
+        facts["length"] = cache.get_seq_length()
+        facts["held"] = [layer.length for layer in cache.layers]
+        facts["format"] = cache.format and cache.format.name
+        facts["tokens"] = cache.tokens
+    return made, facts
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A `generate`."""
+
+    length: int = 40
+    batch: int = 1
+    pads: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def answered(group: Any, ask: Ask) -> Tensor:
+    """Tokens; group None: this process alone."""
+    model = testing.tiny_model(3, ask.dtype, **ask.model)
+    set_options(model, progress=False, **ask.options)
+    rank = 0
+    if group is not None:
+        rank = llama1m_ext.distributed(model, None if group == "alone" else group, **ask.layout).rank
+    torch.manual_seed(ask.seed + 1000 * rank)  # rank 0's counts
+    ids = testing.random_ids(ask.batch, ask.length, 5)
+    mask = torch.ones_like(ids)
+    for row, n in enumerate(ask.pads):
+        mask[row, :n] = 0
+    with torch.no_grad():
+        found = model.generate(ids, attention_mask=mask, eos_token_id=None, pad_token_id=0, **ask.more)
+    assert not llama1m_ext.stats(model).stock
+    return found
