@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import llama, offload, plan_call
-from ..call import Call, watched
+from .. import llama, offload, plan_call, prefill
+from ..call import Call
 from ..plan_bytes import LADDER
 from ..rope import Rope, Still
 from ..stored import checksum
@@ -193,7 +193,7 @@ def _opened(layout: Layout, call: Call | str, keep: int, watch: bool) -> Call:
     if len(call.devices) != 1:
         raise ValueError(f"ring: expected a model on one device in each process, got {list(call.devices)}")
     layout.check_device(next(iter(call.devices)))
-    watched_by = "output_hidden_states" if watch else "hooks, or modules of somebody else's" if watched(call) else None
+    watched_by = "output_hidden_states" if watch else "hooks, or modules of somebody else's" if prefill.watched(call) else None
     limit = options.min_layer_major_len
     long = call.q_len >= (SHARED_ROWS * layout.world_size if limit == "auto" else limit) and call.q_len > 1
     if long and watched_by is not None and call.q_len > MOST:
@@ -233,7 +233,5 @@ def _digest(ids: Any) -> int | None:
 
 
 def _planned_chunk(call: Call) -> int:
-    from .. import prefill
-
     assert call.ring is not None
     return prefill.chunk_of(call, None) if call.ring.sharded else call.q_len
