@@ -28,6 +28,7 @@ _NAMES = {
     "workspace": "workspace of the kernels",
     "logits": "logits",
     "ids": "token ids, positions",
+    "ring": "a layer's shard, and blocks under way",
 }
 
 
@@ -126,6 +127,7 @@ def plan(
     measure: bool = True,
     gpu_flops: float | None = None,
     gpu_read: int | str | None = None,
+    ranks: int = 1,
 ) -> Plan:
     """What a prompt of a Llama will take, without running it, and what "auto" will choose for it.
 
@@ -144,6 +146,8 @@ def plan(
         measure: measure this machine for half a second, or the model's GPU, to estimate times.
         gpu_flops, gpu_read: FLOP/s of matrix products and bytes/s ("3350GB") of memory that a GPU reaches, for estimates
             by arithmetic: both or none. None: no estimate for a GPU that is not there.
+        ranks: processes that share the model (`distributed`): everything but `tokens` and `new_tokens` is then of one of them, which
+            has memory of its own.
 
     Raises:
         ValueError, TypeError: an argument that makes no sense, or no Llama; the message names it.
@@ -154,7 +158,7 @@ def plan(
     from .options import Options, parse_bytes
     from .plan_shape import shape_of
 
-    for name, value, least in (("tokens", tokens, 1), ("batch", batch, 1), ("new_tokens", new_tokens, 0)):
+    for name, value, least in (("tokens", tokens, 1), ("batch", batch, 1), ("new_tokens", new_tokens, 0), ("ranks", ranks, 1)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {value!r}")
         if value < least:
@@ -186,6 +190,9 @@ def plan(
     # What is free now has no room for weights that are loaded already, and needs none.
     used = shape.resident_bytes if loaded and not memory[0].given else 0
     work = plan_bytes.Work(tokens, new=new_tokens, batch=batch, threads=threads, gpu=on_gpu)
+    if ranks > 1:
+        share, new = -(-tokens // ranks), -(-new_tokens // ranks)
+        work = dataclasses.replace(work, tokens=share, new=new, ranks=ranks, whole=tokens)
     work = dataclasses.replace(work, chunk=_chunk(shape, batch, limit, on_gpu) if chunk == "auto" else int(chunk))
     pages = None if kv_memory == "auto" else parse_bytes("kv_memory", kv_memory)
     if not on_gpu:
@@ -205,7 +212,7 @@ def plan(
     for each in plan_bytes.SIDE_BY_SIDE:
         worst = plan_bytes.peak(shape, work, plan_bytes.Storage(each))
         size = KvFormat.parse(each).token_bytes(shape.kv_heads, shape.head_dim, shape.size) * shape.layers
-        all_of_it = plan_bytes.kv_bytes(shape, each, tokens + new_tokens, batch)
+        all_of_it = plan_bytes.kv_bytes(shape, each, work.tokens + work.new, batch)
         fits = None if limit is None else worst.bytes - used <= limit
         formats.append(Format(each, size, all_of_it, worst.bytes, fits))
     counted = storage if storage.kv_memory is not None else plan_bytes.Storage(storage.kv)
@@ -217,8 +224,8 @@ def plan(
         machine = plan_speed.measure_gpu(shape, min(_gpus_of(model_or_config), key=str))
     speed = None
     if machine is not None:
-        in_all = plan_bytes.kv_bytes(shape, storage.kv, tokens + new_tokens, batch)
-        speed = plan_speed.estimate(shape, machine, tokens, batch, in_all)
+        in_all = plan_bytes.kv_bytes(shape, storage.kv, work.tokens + work.new, batch)
+        speed = plan_speed.estimate(shape, machine, tokens, batch, in_all, ranks)
     return Plan(
         model=name,
         shape=shape,
@@ -287,8 +294,10 @@ def _lines(p: Plan) -> list[str]:
     from .plan_choice import gib
 
     rows = f" x {p.work.batch} rows" if p.work.batch > 1 else ""
+    if p.work.ranks > 1:
+        rows += f" over {p.work.ranks} ranks; each has {p.work.tokens:,}"
     lines = [
-        f"{p.model}: {p.work.tokens:,} tokens{rows}, then {p.work.new:,} new ones, in {p.shape.dtype}",
+        f"{p.model}: {p.work.prompt:,} tokens{rows}, then {p.work.new:,} new ones, in {p.shape.dtype}",
         *(f"{_place(m)}" for m in p.memory),
         "",
     ]
@@ -316,9 +325,10 @@ def _lines(p: Plan) -> list[str]:
     if not p.fits:
         lines.append("It does not fit that way: a prefill would stop with an error before its first token. Ways out:")
         lines += [f"  - {way}" for way in p.ways] or ["  - none: not even the weights' own work fits"]
-    flops = p.work.batch * (p.shape.attention_flops(p.work.tokens) + p.shape.linear_flops(p.work.tokens))
-    share = p.work.batch * p.shape.attention_flops(p.work.tokens) / flops
-    lines.append(f"The prefill is {flops:.1e} floating-point operations, {share:.0%} of them attention.")
+    flops = p.work.batch * (p.shape.attention_flops(p.work.prompt) + p.shape.linear_flops(p.work.prompt))
+    share = p.work.batch * p.shape.attention_flops(p.work.prompt) / flops
+    each = f", a share of {1 / p.work.ranks:.1%} on each rank" if p.work.ranks > 1 else ""
+    lines.append(f"The prefill is {flops:.1e} floating-point operations, {share:.0%} of them attention{each}.")
     if p.speed is not None:
         m, s = p.speed.machine, p.speed
         where = f"this machine ({m.threads} threads; measured: {m.flops / 1e9:.0f} GFLOP/s in registers"
@@ -329,6 +339,7 @@ def _lines(p: Plan) -> list[str]:
         lines.append(f"Estimates for {where}{more}, {m.read / 2**30:.0f} GiB/s of reading):")
         place = "the disk" if p.offload == "disk" else "the host"
         disk = f", without bringing {gib(p.parts.file)} from {place} for each" if p.parts.file else ""
+        disk += ", without the time of the links" if p.work.ranks > 1 else ""
         lines.append(
             f"  prefill about {_seconds(s.prefill_seconds)}, a decoded token about {_seconds(s.token_seconds)}{disk}"
         )

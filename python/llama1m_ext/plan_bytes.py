@@ -28,6 +28,8 @@ GPU_MATMUL = 64 << 20
 GPU_SEGMENT, GPU_MADE = 65_536, 16_384
 """Keys whose outputs the kernels on a GPU sum before they are merged in float32 (csrc/params.h), and compact keys that are
 made dense at a time where a chunk of a prompt sees them (src/cuda/attention.rs)."""
+RING_ROWS = 16_384
+"""Queries whose partials ranks merge at a time (`ring.blocks`)."""
 PARTIALS = 3
 """Outputs in float32 that wait for their merge, at most, where pages are streamed in."""
 
@@ -49,6 +51,8 @@ class Work:
         logits: whether the wanted positions get logits.
         held: bytes of the cache's pages in memory before; it matters where they are to go to the disk.
         gpu: whether it runs on a GPU: its kernels have other workspaces, and room in pages is memory.
+        ranks: processes that share it. All numbers are those of one of them, then, but
+        whole: tokens of the prompt of all ranks, in each row.
     """
 
     tokens: int
@@ -61,6 +65,13 @@ class Work:
     logits: bool = True
     held: int = 0
     gpu: bool = False
+    ranks: int = 1
+    whole: int = 0
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the whole prompt, in each row."""
+        return self.whole if self.ranks > 1 else self.tokens
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,7 @@ class Parts:
         workspace: of the kernels, all threads.
         logits: of the positions that get them.
         ids: token ids and positions.
+        ring: where ranks share a prompt: a shard's queries and results in one layer, and blocks of keys and values under way.
     """
 
     weights: int
@@ -107,6 +119,7 @@ class Parts:
     workspace: int
     logits: int
     ids: int
+    ring: int
 
 
 @dataclass(frozen=True)
@@ -207,6 +220,16 @@ def workspace_bytes(shape: Shape, work: Work, storage: Storage) -> int:
     return found
 
 
+def ring_bytes(shape: Shape, work: Work) -> int:
+    """Of one layer of a prompt that ranks share (`ring.prefill`)."""
+    if work.ranks < 2:
+        return 0
+    rows, e = work.batch * work.tokens, shape.size
+    # Queries; keys and values: this rank's own, those at hand, those on their way; results and log-sum-exps of all queries.
+    held = rows * (shape.q_dim * e + 6 * shape.kv_dim * e + shape.q_dim * 4 + shape.heads * 8)
+    return held + 2 * work.batch * min(work.tokens, RING_ROWS) * shape.q_dim * 4
+
+
 def parts(shape: Shape, work: Work, storage: Storage) -> Parts:
     """Bytes by part."""
     total, chunk = work.past + work.tokens, min(work.chunk, work.tokens)
@@ -236,7 +259,8 @@ def parts(shape: Shape, work: Work, storage: Storage) -> Parts:
         keys_only=keys_bytes(shape, chunk, work.batch, work.gpu),
         workspace=workspace_bytes(shape, work, storage),
         logits=work.batch * keep * shape.vocab * shape.size if work.logits else 0,
-        ids=2 * 8 * row,
+        ids=2 * 8 * work.batch * work.prompt,
+        ring=ring_bytes(shape, work),
     )
 
 
@@ -273,6 +297,7 @@ def peaks(shape: Shape, work: Work, storage: Storage) -> list[Peak]:
             hidden=p.hidden,
             scratch=p.scratch,
             activations=p.activations,
+            ring=p.ring,
         )
     if whole < layers:
         phase(
@@ -281,15 +306,18 @@ def peaks(shape: Shape, work: Work, storage: Storage) -> list[Peak]:
             hidden=p.hidden,
             scratch=p.scratch,
             activations=p.keys_only,
+            ring=p.ring,
         )
     if sealed:
         # The workspace of the chunks before is still there.
         out = work.batch * min(work.chunk, work.tokens) * shape.q_dim * shape.size
         if whole:
             kept = p.activations - out
-            phase(f"layer {whole}'s pages", kv=kv_after(whole), hidden=p.hidden, scratch=p.scratch, activations=kept)
+            now = {"kv": kv_after(whole), "hidden": p.hidden, "scratch": p.scratch, "activations": kept, "ring": p.ring}
+            phase(f"layer {whole}'s pages", **now)
         if whole < layers:
             last = {"kv": kv_after(layers), "hidden": p.hidden, "scratch": p.scratch, "activations": p.keys_only}
+            last["ring"] = p.ring
             phase("the last layer's pages", **last)
     phase("logits", kv=kv_after(layers), hidden=p.hidden, scratch=p.scratch, logits=p.logits)
     if work.new:

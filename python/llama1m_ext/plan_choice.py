@@ -241,6 +241,8 @@ def check(
 
 def _tokens(work: Work) -> str:
     rows = f" of {work.batch} rows" if work.batch > 1 else ""
+    if work.ranks > 1:
+        rows += f" (of {work.whole} that {work.ranks} ranks share)"
     return f"{work.tokens} tokens{rows}" + (f" and up to {work.new} that are generated" if work.new else "")
 
 
@@ -342,7 +344,7 @@ def _ways(
                 break
     fewer = most_tokens(shape, work, storage, limit, used, mapped)
     if 0 < fewer < work.tokens:
-        yield f"fewer tokens: {fewer} fit as it is"
+        yield f"fewer tokens: {fewer * work.ranks} fit as it is"
     best = Storage(
         "int4" if kv_from == "options" else storage.kv, "disk" if offload in ("auto", "disk") else storage.offload, _MIB
     )
@@ -350,7 +352,7 @@ def _ways(
     if max(0, fewer) < fewest < work.tokens:
         where = ', offload="disk"' if best.offload == "disk" else ""
         kv = 'kv="int4", ' if kv_from == "options" else ""
-        yield f"fewer tokens: {fewest} fit with set_options(model, {kv}chunk=128{where})"
+        yield f"fewer tokens: {fewest * work.ranks} fit with set_options(model, {kv}chunk=128{where})"
 
 
 def most_tokens(shape: Shape, work: Work, storage: Storage, limit: int, used: int = 0, mapped: bool = False) -> int:

@@ -139,13 +139,14 @@ def _best(run: Callable[[], object], seconds: float = 0.15, wait: Callable[[], o
     return min(found)
 
 
-def estimate(shape: Shape, machine: Machine, tokens: int, batch: int, kv_bytes: int) -> Speed:
+def estimate(shape: Shape, machine: Machine, tokens: int, batch: int, kv_bytes: int, ranks: int = 1) -> Speed:
     """Times that these rates make likely.
 
     Args:
         tokens: of the prompt.
-        kv_bytes: of all pages behind it.
+        kv_bytes: of all pages behind it; of one rank.
+        ranks: processes that share the prompt, each on such a machine; their links cost nothing here.
     """
     attention = batch * shape.attention_flops(tokens) / machine.attention
     linear = batch * shape.linear_flops(tokens) / machine.matmul
-    return Speed(machine, attention + linear, (shape.read_bytes + kv_bytes) / (OF_READ * machine.read))
+    return Speed(machine, (attention + linear) / ranks, (shape.read_bytes + kv_bytes) / (OF_READ * machine.read))

@@ -205,14 +205,14 @@ class _Layers:
             def over_mine(q: Tensor) -> Partial:
                 return partial(q, page, scale, causal=False, q_start=0, **where)
 
-            size = max(1, ASKED // self.layout.world_size)
+            size, lse = max(1, ASKED // self.layout.world_size), found.lse
             for a in range(0, max(self.lengths), size):
                 counts = [max(0, min(a + size, length) - a) for length in self.lengths]
                 b = a + counts[self.layout.rank]
                 past = of_everybody(self.layout, self.q[:, :, a:b], counts, over_mine, "prefill, attention to the cache")
                 if a < b:
-                    here = found.out[:, :, a:b], found.lse[:, :, a:b]
-                    here[0].copy_(ops.merge_partials([here[0], past[0]], [here[1], past[1]])[0])
+                    here = found.out[:, :, a:b]
+                    here.copy_(ops.merge_partials([here, past[0]], [lse[:, :, a:b], past[1]])[0])
         return found.out
 
     def _did(self, work: float, like: Tensor) -> None:
