@@ -8,8 +8,8 @@ be checked and streamed alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
@@ -20,6 +20,7 @@ from .fingerprint import Identity, identity
 from .formats import GROUP, Page
 from .memory import free_bytes
 from .options import llama_models
+from .options import read as read_options
 from .pages import PagedLayer
 from .placement import device_of
 from .saved_file import (
@@ -41,6 +42,9 @@ from .saved_file import (
 from .sealed import TAIL
 from .stored import CacheDamaged, PageSource, StoredPage, page_of
 from .tensorfile import Entry, described, dtype_name, rows, write
+
+if TYPE_CHECKING:
+    from .ring.layout import Layout
 
 __all__ = [
     "CacheDamaged",
@@ -73,14 +77,16 @@ def save(cache: Any, path: str | os.PathLike[str], model: Any) -> None:
         OSError: there is no room, or the folder can't be written to. The old file is as it was.
     """
     inner = llama_models(model)[0]
+    layout = _shared(cache, inner)
+    if layout is not None:
+        from .ring import saving
+
+        saving.save(layout, cache, path, inner)
+        return
     layers = [_paged(layer) for layer in getattr(cache, "layers", ())]
     lengths = {layer.length for layer in layers}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"cache: expected at least one token, as many in each layer, got lengths {sorted(lengths)}")
-    entries: list[Entry] = []
-    ids = getattr(cache, "tokens", None)
-    if ids is not None:
-        entries.append(("tokens", ids.dtype, tuple(ids.shape), rows(ids)))
     for layer in layers:
         assert layer.kind is not None  # as there are tokens
         found, expected = (len(layers), *layer.kind[1:4]), _axes(inner.config)
@@ -88,29 +94,67 @@ def save(cache: Any, path: str | os.PathLike[str], model: Any) -> None:
             raise ValueError(
                 f"model: expected the one that made the cache, with layers, kv_heads, k_dim and v_dim {found}, got {expected}"
             )
-    body: dict[str, Any] = {
-        "version": VERSION,
-        "length": lengths.pop(),
-        "model": _maker_of(cache, inner).as_dict(),
-        "layers": [],
-    }
+    described_layers, written = list[tuple[list[int], str, Kind]](), list[Entry]()
     for i, layer in enumerate(layers):
         kind, sizes = layer.kind, list[int]()
         assert kind is not None  # as there are tokens
-        for part in _bounded(layer.share(layer.length), kind):
+        for part in bounded(layer.share(layer.length), kind):
             sizes.append(part.size)
-            entries.extend(_entries(f"{i}.{len(sizes) - 1}", part, kind))
+            written.extend(entries(f"{i}.{len(sizes) - 1}", part, kind))
+        described_layers.append((sizes, layer.format.name, kind))
+    write_cache(path, cache, maker_of(cache, inner).as_dict(), described_layers, written)
+
+
+def _shared(cache: Any, inner: Any) -> Layout | None:
+    """The layout of the ranks that a cache is spread over; None: it is not.
+
+    Raises:
+        ValueError: they don't share this model.
+    """
+    if not any(hasattr(layer, "spread") for layer in getattr(cache, "layers", ())):
+        return None
+    from .ring.membership import layout_of
+
+    layout = layout_of(inner)
+    if layout is None:
+        raise ValueError("model: expected one that the ranks of this cache share, llama1m_ext.distributed(model); got this process's own")
+    return layout
+
+
+def write_cache(
+    path: str | os.PathLike[str],
+    cache: Any,
+    maker: dict[str, Any],
+    layers: Sequence[tuple[list[int], str, Kind]],
+    written: Iterable[Entry],
+) -> None:
+    """Writes the file.
+
+    Args:
+        maker: the identity of the model.
+        layers: of each layer, the tokens of its pages, its format and its kind.
+        written: the tensors of all pages.
+
+    Raises:
+        OSError: as `save`.
+    """
+    body: dict[str, Any] = {"version": VERSION, "length": sum(layers[0][0]), "model": maker, "layers": []}
+    for sizes, kv, kind in layers:
         body["layers"].append({
             "sizes": sizes,
-            "kv": layer.format.name,
+            "kv": kv,
             "kind": list(kind[:4]),
             "dtypes": [dtype_name(kind.k_dtype), dtype_name(kind.v_dtype)],
         })  # fmt: skip
-    write(path, entries, described(META, body))
+    ids = getattr(cache, "tokens", None)
+    first: list[Entry] = [] if ids is None else [("tokens", ids.dtype, tuple(ids.shape), rows(ids))]
+    write(path, [*first, *written], described(META, body))
 
 
 def load(path: str | os.PathLike[str], model: Any, *, mapped: bool = True, placed: bool = True) -> LongCache:
     """Opens a saved cache. Keys and values are not read before they are used, and checked when they are.
+
+    A model that several ranks share gets a cache of which each rank has its share, whoever wrote it; the file must be there for each.
 
     Those of a model on a GPU go there at once, layer by layer, as far as there is room; the rest stays in the file, and
     is streamed to the GPU whenever it is used.
@@ -129,6 +173,12 @@ def load(path: str | os.PathLike[str], model: Any, *, mapped: bool = True, place
     inner = llama_models(model)[0]
     with uncollected():
         cache = _load(PageSource.open(path, mapped=mapped), inner)
+    if read_options(inner).ring is not None:
+        from .ring import membership, shard_layer
+
+        layout = membership.layout_of(inner)
+        assert layout is not None
+        shard_layer.adopt(cache, layout.rank, layout.world_size)
     if placed:
         _place(cache, inner)
     return cache
@@ -171,7 +221,7 @@ def _load(source: PageSource, inner: Any) -> LongCache:
     return cache
 
 
-def _maker_of(cache: Any, inner: Any) -> Identity:
+def maker_of(cache: Any, inner: Any) -> Identity:
     """The identity of the model that made a cache, which this one is said to be.
 
     Raises:
@@ -201,7 +251,7 @@ def _paged(layer: Any) -> PagedLayer:
     return layer
 
 
-def _bounded(parts: Sequence[Page | Stored], kind: Kind) -> Iterator[Page | Stored]:
+def bounded(parts: Sequence[Page | Stored], kind: Kind) -> Iterator[Page | Stored]:
     """The same tokens in pages of about `PAGE_BYTES` at most, cut at whole groups."""
     for part in parts:
         step = max(GROUP, int(PAGE_BYTES * part.size / max(1, part.nbytes)) // GROUP * GROUP)
@@ -209,7 +259,7 @@ def _bounded(parts: Sequence[Page | Stored], kind: Kind) -> Iterator[Page | Stor
             yield part if step >= part.size else part.narrow(a, min(a + step, part.size))
 
 
-def _entries(name: str, part: Page | Stored, kind: Kind) -> Iterator[Entry]:
+def entries(name: str, part: Page | Stored, kind: Kind) -> Iterator[Entry]:
     """What is written of a page; one that lives elsewhere is loaded when its turn comes."""
     if isinstance(part, Page):
         for of, tensor in part.tensors().items():

@@ -114,3 +114,30 @@ def answered(group: Any, ask: Ask) -> Tensor:
         found = model.generate(ids, attention_mask=mask, eos_token_id=None, pad_token_id=0, **ask.more)
     assert not llama1m_ext.stats(model).stock
     return found
+
+
+def kept(group: Any, talk: Talk, path: str) -> None:
+    """Makes a cache with all turns but the last, and saves it."""
+    model = testing.tiny_model(3, talk.dtype, **talk.model)
+    set_options(model, progress=False, **talk.options)
+    if group is not None:
+        llama1m_ext.distributed(model, group, **talk.layout)
+    cache, at = LongCache(), 0
+    with torch.no_grad():
+        for n in talk.turns[:-1]:
+            model(talk.ids()[:, at : at + n], past_key_values=cache, logits_to_keep=1)
+            at += n
+    cache.save(path)
+
+
+def resumed(group: Any, talk: Talk, path: str) -> tuple[Tensor, Tensor | None, list[int]]:
+    """Logits of the last turn over a saved cache, the cache's tokens, and how many of them are here."""
+    model = testing.tiny_model(3, talk.dtype, **talk.model)
+    set_options(model, progress=False, **talk.options)
+    if group is not None:
+        llama1m_ext.distributed(model, group, **talk.layout)
+    cache = LongCache.load(path, model)
+    held = [layer.length for layer in cache.layers]
+    with torch.no_grad():
+        out = model(talk.ids()[:, -talk.turns[-1] :], past_key_values=cache)
+    return out.logits, cache.tokens, held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -218,7 +219,7 @@ def _same(call: Call, given: Mapping[str, Any], keep: int) -> dict[str, object]:
         "device": call.position_ids.device.type,
         "batch": call.batch,
         "tokens": call.q_len,
-        "cache": None if ring.before is None else (ring.before.length, ring.before.held),
+        "cache": None if ring.before is None else (ring.before.length, ring.before.held, zlib.crc32(repr(ring.before.parts).encode())),
         "input": _digest(given.get("input_ids")),
         "inputs_embeds": given.get("inputs_embeds") is not None,
         "position_ids": _digest(call.position_ids),

@@ -147,7 +147,7 @@ class Layout:
 
     def control_device(self) -> torch.device:
         """Where ranks' messages about what they do are: the CPU, unless the group has NCCL only."""
-        return torch.device("cpu" if self._backends.get("cpu") == "gloo" else "cuda")
+        return torch.device("cpu" if self.world_size == 1 or self._backends.get("cpu") == "gloo" else "cuda")
 
     # -- positions ------------------------------------------------------------------------------------------------------
 

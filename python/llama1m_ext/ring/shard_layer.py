@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .. import _compat
 from ..cache import LongCache
-from ..formats import KvFormat
+from ..dense import Stored, part_of
+from ..formats import GROUP, KvFormat, Page
 from ..pages import PagedLayer, PageSize
 from .spread import Spread
 
-__all__ = ["ShardLayer", "shard_layers"]
+__all__ = ["ShardLayer", "adopt", "shard_layers"]
 
 
 class ShardLayer(PagedLayer):
@@ -113,22 +115,55 @@ def shard_layers(cache: Any, n_layers: int, page_size: PageSize, rank: int, rank
                 )
         elif type(layer) not in (PagedLayer, DynamicLayer):
             return f"the cache has a {type(layer).__name__}"
-        elif layer.get_seq_length():
-            return f"the cache has {layer.get_seq_length()} tokens of this process alone"
     if len(layers) < n_layers and not isinstance(cache, LongCache):
         if getattr(cache, "layer_class_to_replicate", None) is not DynamicLayer:
             return f"the cache has {len(layers)} layers, the model {n_layers}"
-    found = list[ShardLayer]()
+    while len(layers) < n_layers:
+        layers.append(ShardLayer(rank, Spread(ranks), page_size))
     for i in range(n_layers):
-        layer = layers[i] if i < len(layers) else None
-        if type(layer) is not ShardLayer:
-            size, kv = (layer.page_size, layer._asked) if type(layer) is PagedLayer else (page_size, None)
-            layer = ShardLayer(rank, Spread(ranks), size, kv)
-            if i < len(layers):
-                layers[i] = layer
-            else:
-                layers.append(layer)
-        found.append(layer)
+        if type(layers[i]) is DynamicLayer:
+            layers[i] = PagedLayer.adopt(layers[i], page_size)
+    adopt(cache, rank, ranks)
+    found: list[ShardLayer] = layers[:n_layers]
     if any(layer.spread != found[0].spread for layer in found):
         return "the cache's layers have different tokens"
     return found
+
+
+def adopt(cache: Any, rank: int, ranks: int) -> None:
+    """Makes shards of a cache's layers that are none yet. What is in them each rank has whole, and keeps its share of: nothing is
+    copied."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is PagedLayer:
+            layer._settle()
+            parts = shares(layer.share(layer.length), ranks)
+            made = ShardLayer(rank, spread_of(parts), layer.page_size, layer._kv)
+            made._asked = layer._asked
+            if layer.kind is not None:
+                made.begin_with(parts[rank], made.spread.held[rank], layer.kind)
+            cache.layers[i] = made
+
+
+def shares(pages: Sequence[Page | Stored], ranks: int) -> list[list[Page | Stored]]:
+    """Pages that every rank has, as each rank's share: neighbours, cut at whole groups of 64 tokens of a page."""
+    length = sum(page.size for page in pages)
+    found: list[list[Page | Stored]] = [[] for _ in range(ranks)]
+    at = 0
+    for page in pages:
+        cuts = {0, page.size}
+        cuts.update((length * r // ranks - at) // GROUP * GROUP for r in range(1, ranks))
+        edges = sorted(cut for cut in cuts if 0 <= cut <= page.size)
+        for a, b in zip(edges, edges[1:], strict=False):
+            # By the middle of the piece: no cut lies within it, but for less than a group.
+            found[min(ranks - 1, (at + (a + b) // 2) * ranks // length)].append(part_of(page, a, b))
+        at += page.size
+    return found
+
+
+def spread_of(parts: Sequence[Sequence[Page | Stored]]) -> Spread:
+    """Who holds which tokens, of shares."""
+    made = Spread(len(parts))
+    for rank, pages in enumerate(parts):
+        n = sum(page.size for page in pages)
+        made = made.given(n, rank) if n else made
+    return made
