@@ -45,12 +45,19 @@ class Talk:
         return (torch.arange(length) >= torch.tensor(self.pads)[:, None]).long()
 
 
-def said(group: Any, talk: Talk) -> tuple[list[Tensor], dict[str, Any]]:
-    """Logits of each call; and what the rank holds then. group None: this process alone."""
+def said(group: Any, talk: Talk, truth: bool = False) -> tuple[list[Tensor], dict[str, Any]]:
+    """Logits of each call; and what the rank holds then.
+
+    Args:
+        group: None: this process alone.
+        truth: in float64.
+    """
     model = testing.tiny_model(3, talk.dtype, **talk.model)
+    if truth:
+        model = model.double()
     set_options(model, progress=False, **talk.options)
     if group is not None:
-        layout = llama1m_ext.distributed(model, None if group == "alone" else group, **talk.layout)
+        layout = llama1m_ext.distributed(model, group, **talk.layout)
     cache = LongCache() if talk.cached else None
     whole, at, made = talk.ids(), 0, []
     with torch.no_grad():
@@ -104,7 +111,7 @@ def answered(group: Any, ask: Ask) -> Tensor:
     set_options(model, progress=False, **ask.options)
     rank = 0
     if group is not None:
-        rank = llama1m_ext.distributed(model, None if group == "alone" else group, **ask.layout).rank
+        rank = llama1m_ext.distributed(model, group, **ask.layout).rank
     torch.manual_seed(ask.seed + 1000 * rank)  # rank 0's counts
     ids = testing.random_ids(ask.batch, ask.length, 5)
     mask = torch.ones_like(ids)
@@ -141,3 +148,67 @@ def resumed(group: Any, talk: Talk, path: str) -> tuple[Tensor, Tensor | None, l
     with torch.no_grad():
         out = model(talk.ids()[:, -talk.turns[-1] :], past_key_values=cache)
     return out.logits, cache.tokens, held
+
+
+def refused(group: Any, what: str) -> list[str]:
+    """What goes wrong on this rank, as "Type: message", and once more what a good call gives."""
+    model = testing.tiny_model(3)
+    layout = llama1m_ext.distributed(model, group, timeout=20)
+    ids, cache, alone = testing.random_ids(1, 40, 7), LongCache(), testing.tiny_model(3)
+    found = list[str]()
+
+    def attempt(call: Any) -> None:
+        try:
+            call()
+        except Exception as e:
+            found.append(f"{type(e).__name__}: {e}")
+        else:
+            found.append("nothing")
+
+    if what == "gradients":
+        attempt(lambda: model(ids))
+    with torch.no_grad():
+        if what == "output_attentions":
+            attempt(lambda: model(ids, output_attentions=True))
+        elif what == "checkpoint":
+            set_options(model, checkpoint="somewhere")
+            attempt(lambda: model(ids))
+            set_options(model, checkpoint=None)
+        elif what == "other tokens":
+            attempt(lambda: model(ids + layout.rank))
+        elif what == "one rank alone has no room":
+            set_options(model, offload=None, kv_memory=1000 if layout.rank else 1 << 30)
+            attempt(lambda: model(ids, past_key_values=LongCache()))
+            set_options(model, kv_memory="auto")
+        elif what == "max_time":
+            attempt(lambda: model.generate(ids, max_time=100.0, max_new_tokens=2))
+        elif what == "other settings":
+            attempt(lambda: model.generate(ids, max_new_tokens=2 + layout.rank))
+        elif what == "another model":
+            model(ids, past_key_values=cache)
+            attempt(lambda: alone(ids[:, :1], past_key_values=cache))
+            attempt(lambda: cache.layers[0].keys)
+        elif what == "a mask with holes":
+            mask = torch.ones_like(ids)
+            mask[0, 10] = 0
+            attempt(lambda: model(ids, attention_mask=mask))
+        good = model(ids, past_key_values=LongCache(), logits_to_keep=1).logits
+        assert torch.allclose(good, alone(ids, logits_to_keep=1).logits, atol=1e-4)
+    return found
+
+
+def silent(group: Any) -> str:
+    """Rank 1 leaves the others alone after the prefill."""
+    model = testing.tiny_model(3)
+    layout = llama1m_ext.distributed(model, group, timeout=2)
+    ids, cache = testing.random_ids(1, 40, 7), LongCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        if layout.rank == 1:
+            return "gone"
+        try:
+            model(ids[:, :1], past_key_values=cache)
+        except Exception as e:
+            assert cache.get_seq_length() == 40
+            return f"{type(e).__name__}: {e}"
+    return "nothing"
