@@ -317,9 +317,7 @@ def _layers_of(cache: Any, call: Call) -> list[PagedLayer | SlidingLayer] | str:
 
     layout = membership.layout_of(call.model, call.options)
     assert layout is not None
-    found = shard_layer.shard_layers(
-        cache, len(call.windows), call.options.page_size, layout.rank, layout.world_size
-    )
+    found = shard_layer.shard_layers(cache, len(call.windows), call.options.page_size, layout.rank, layout.world_size)
     return found if isinstance(found, str) else [*found]
 
 

@@ -84,6 +84,7 @@ def attend(
     if layer is not None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return GRADIENTS  # pages are written in place
     rope = call.rope_of(attn)
+    out: Any
     if call.ring is not None and layer is not None:
         out = call.ring.attention(attn, q, k, v, layer, rope, call)  # type: ignore[arg-type]  # a shard
         call.served += 1
@@ -103,7 +104,6 @@ def attend(
         "kv_start": bounds.start,
         "kv_end": bounds.end,
     }
-    out: Any
     if isinstance(layer, SlidingLayer) or (width is not None and call.past_len + at + n > width):
         assert width is not None
         k, v = (k.to(v.dtype), v) if layer is None else window.last(layer, width - 1 + n)

@@ -158,7 +158,12 @@ def plan(
     from .options import Options, parse_bytes
     from .plan_shape import shape_of
 
-    for name, value, least in (("tokens", tokens, 1), ("batch", batch, 1), ("new_tokens", new_tokens, 0), ("ranks", ranks, 1)):
+    for name, value, least in (
+        ("tokens", tokens, 1),
+        ("batch", batch, 1),
+        ("new_tokens", new_tokens, 0),
+        ("ranks", ranks, 1),
+    ):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {value!r}")
         if value < least:

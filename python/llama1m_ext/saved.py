@@ -117,7 +117,9 @@ def _shared(cache: Any, inner: Any) -> Layout | None:
 
     layout = layout_of(inner)
     if layout is None:
-        raise ValueError("model: expected one that the ranks of this cache share, llama1m_ext.distributed(model); got this process's own")
+        raise ValueError(
+            "model: expected one that the ranks of this cache share, llama1m_ext.distributed(model); got this process's own"
+        )
     return layout
 
 

@@ -110,7 +110,9 @@ def test_pages_on_the_disk(three, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{}, {"sharding": "striped", "outer": 2}, {"sharding": "contiguous", "inner": 2, "outer": 2}])
+@pytest.mark.parametrize(
+    "layout", [{}, {"sharding": "striped", "outer": 2}, {"sharding": "contiguous", "inner": 2, "outer": 2}]
+)
 def test_four_ranks(four, layout):
     for talk in (Talk(turns=(3, 2, 1)), Talk(turns=(130, 1, 60, 1, 1), batch=2, pads=(0, 70), keep=1)):
         judged(four, 4, replace(talk, layout=layout, options=SPREAD_OUT))
@@ -129,7 +131,11 @@ def test_random_conversations(four):
             pads=tuple(rng.randint(0, turns[0] - 1) for _ in range(batch)) if rng.random() < 0.5 else (),
             crops=rng.choice([0, 0, 1]) if turns[0] > 1 else 0,
             layout={"sharding": rng.choice(["zigzag", "striped", "contiguous"])},
-            options={"min_layer_major_len": rng.choice([2, 30]), "chunk": rng.choice([5, 64]), "page_size": rng.choice([16, "auto"])},
+            options={
+                "min_layer_major_len": rng.choice([2, 30]),
+                "chunk": rng.choice([5, 64]),
+                "page_size": rng.choice([16, "auto"]),
+            },
         )
         judged(four, rng.randint(2, 4), talk)
 
@@ -158,7 +164,10 @@ def test_generate(three, name):
 @pytest.mark.parametrize("kv", ["model", "int8"])
 def test_greedy_tokens_in_bf16(three, kv):
     ask = Ask(
-        length=600, dtype=torch.bfloat16, options={**SPREAD_OUT, "kv": kv}, more={"max_new_tokens": 8, "do_sample": False}
+        length=600,
+        dtype=torch.bfloat16,
+        options={**SPREAD_OUT, "kv": kv},
+        more={"max_new_tokens": 8, "do_sample": False},
     )
     first, second = three.run(2, ring_models.answered, ask)
     assert torch.equal(first, second)
@@ -179,7 +188,14 @@ def test_bytes_sent(three):
     for rank, (_, facts) in enumerate(three.run(ranks, ring_models.said, talk)):
         layout = Layout.__new__(Layout)
         layout.__dict__.update(
-            sharding="zigzag", heads=1, inner=ranks, outer=1, ranks_per_node=ranks, ring_rank=rank, ring_size=ranks, rank=rank
+            sharding="zigzag",
+            heads=1,
+            inner=ranks,
+            outer=1,
+            ranks_per_node=ranks,
+            ring_rank=rank,
+            ring_size=ranks,
+            rank=rank,
         )
         ring = predicted(layout, n, batch, heads, kv_heads, head_dim, torch.float32).forward.get("within", 0)
         # All layers but the last send blocks; that one the state of the last token, which rank 0 has, and partials, as each

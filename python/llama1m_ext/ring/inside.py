@@ -48,7 +48,7 @@ class RingCall:
 
     def __init__(self, layout: Layout, call: Call, sharded: bool) -> None:
         self.layout, self.sharded = layout, sharded
-        self._bounds: dict[int, dict[str, Tensor | None]] = {}
+        self._bounds: dict[int, dict[str, Any]] = {}
         self.before = self.after = None
         self.owner: int | None = None
         held, n = 0, layout.lengths(call.q_len)[layout.rank] if sharded else call.q_len
@@ -75,7 +75,7 @@ class RingCall:
         """So many of the new tokens will be written to a layer here."""
         layer.expect(layer.length + n, self.local.scratch)
 
-    def bounds(self, call: Call, spread: Spread) -> dict[str, Tensor | None]:
+    def bounds(self, call: Call, spread: Spread) -> dict[str, Any]:
         """Visible keys of each batch row as they are among this rank's, of which `spread` says which they are."""
         found = self._bounds.get(id(spread))
         if found is None:
@@ -179,7 +179,9 @@ def _opened(layout: Layout, call: Call | str, keep: int, watch: bool) -> Call:
         ValueError, TypeError: they can't.
     """
     if isinstance(call, str):
-        raise ValueError(f"ring: expected a call that {layout.world_size} ranks can serve together, got one with {call}")
+        raise ValueError(
+            f"ring: expected a call that {layout.world_size} ranks can serve together, got one with {call}"
+        )
     options = call.options
     if call.gradients:
         raise ValueError(
@@ -194,7 +196,9 @@ def _opened(layout: Layout, call: Call | str, keep: int, watch: bool) -> Call:
     if len(call.devices) != 1:
         raise ValueError(f"ring: expected a model on one device in each process, got {list(call.devices)}")
     layout.check_device(next(iter(call.devices)))
-    watched_by = "output_hidden_states" if watch else "hooks, or modules of somebody else's" if prefill.watched(call) else None
+    watched_by = (
+        "output_hidden_states" if watch else "hooks, or modules of somebody else's" if prefill.watched(call) else None
+    )
     limit = options.min_layer_major_len
     long = call.q_len >= (SHARED_ROWS * layout.world_size if limit == "auto" else limit) and call.q_len > 1
     if long and watched_by is not None and call.q_len > MOST:
@@ -219,7 +223,9 @@ def _same(call: Call, given: Mapping[str, Any], keep: int) -> dict[str, object]:
         "device": call.position_ids.device.type,
         "batch": call.batch,
         "tokens": call.q_len,
-        "cache": None if ring.before is None else (ring.before.length, ring.before.held, zlib.crc32(repr(ring.before.parts).encode())),
+        "cache": None
+        if ring.before is None
+        else (ring.before.length, ring.before.held, zlib.crc32(repr(ring.before.parts).encode())),
         "input": _digest(given.get("input_ids")),
         "inputs_embeds": given.get("inputs_embeds") is not None,
         "position_ids": _digest(call.position_ids),

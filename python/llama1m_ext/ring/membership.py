@@ -53,9 +53,7 @@ def distributed(
     models = llama_models(model)
     if group is None and not dist.is_initialized():
         _join(timeout)
-    layout = Layout(
-        group, sharding=sharding, inner=inner, outer=outer, ranks_per_node=ranks_per_node, timeout=timeout
-    )
+    layout = Layout(group, sharding=sharding, inner=inner, outer=outer, ranks_per_node=ranks_per_node, timeout=timeout)
     for inner_model in models:
         layout.check_device(inner_model.embed_tokens.weight.device)
     name = f"ring-{len(_layouts)}"
@@ -145,5 +143,3 @@ def _join(timeout: float | None) -> None:
         )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, timeout=None if timeout is None else timedelta(seconds=timeout))
-
-

@@ -89,9 +89,7 @@ def last_rows(layout: Layout, x: Tensor, length: int, keep: int) -> Tensor:
     first = length - keep
     places = [p[p >= first] - first for p in (layout.positions(length, r) for r in range(layout.world_size))]
     mine = x[:, x.shape[1] - len(places[layout.rank]) :].contiguous()
-    parts = [
-        mine if r == layout.rank else x.new_empty((x.shape[0], len(p), x.shape[2])) for r, p in enumerate(places)
-    ]
+    parts = [mine if r == layout.rank else x.new_empty((x.shape[0], len(p), x.shape[2])) for r, p in enumerate(places)]
     others = [r for r in range(layout.world_size) if r != layout.rank]
     messages = [(mine, r) for r in others], [(parts[r], r) for r in others]
     layout.links.exchange(*messages, "the last hidden states").wait()

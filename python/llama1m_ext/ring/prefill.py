@@ -209,7 +209,9 @@ class _Layers:
             for a in range(0, max(self.lengths), size):
                 counts = [max(0, min(a + size, length) - a) for length in self.lengths]
                 b = a + counts[self.layout.rank]
-                past = of_everybody(self.layout, self.q[:, :, a:b], counts, over_mine, "prefill, attention to the cache")
+                past = of_everybody(
+                    self.layout, self.q[:, :, a:b], counts, over_mine, "prefill, attention to the cache"
+                )
                 if a < b:
                     here = found.out[:, :, a:b]
                     here.copy_(ops.merge_partials([here, past[0]], [lse[:, :, a:b], past[1]])[0])

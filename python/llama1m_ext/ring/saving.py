@@ -74,7 +74,8 @@ def save(layout: Layout, cache: Any, path: str | os.PathLike[str], inner: Any) -
     kind = next((_kind_of(sheet[1], device) for sheet in sheets if sheet[1] is not None), None)
     assert kind is not None  # somebody has a token
     pieces = [
-        sorted((_Piece(*piece), rank) for rank, sheet in enumerate(sheets) for piece in sheet[0][i]) for i in range(len(layers))
+        sorted((_Piece(*piece), rank) for rank, sheet in enumerate(sheets) for piece in sheet[0][i])
+        for i in range(len(layers))
     ]
     try:
         saved.write_cache(path, cache, maker, [
@@ -161,7 +162,8 @@ def _kind(kinds: Sequence[Kind | None]) -> list[Any] | None:
 
 
 def _kind_of(told: Sequence[Any], device: torch.device) -> Kind:
-    return Kind(*told[:4], _DTYPES[told[4]], _DTYPES[told[5]], device)
+    batch, kv_heads, k_dim, v_dim, k_dtype, v_dtype = told
+    return Kind(batch, kv_heads, k_dim, v_dim, _DTYPES[k_dtype], _DTYPES[v_dtype], device)
 
 
 def _entries(

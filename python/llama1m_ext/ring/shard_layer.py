@@ -110,14 +110,12 @@ def shard_layers(cache: Any, n_layers: int, page_size: PageSize, rank: int, rank
     for layer in layers[:n_layers]:
         if type(layer) is ShardLayer:
             if (layer.rank, layer.spread.ranks) != (rank, ranks):
-                return (
-                    f"the cache is that of rank {layer.rank} of {layer.spread.ranks}, and this is rank {rank} of {ranks}"
-                )
+                return f"the cache is that of rank {layer.rank} of {layer.spread.ranks}, and this is rank {rank} of {ranks}"
         elif type(layer) not in (PagedLayer, DynamicLayer):
             return f"the cache has a {type(layer).__name__}"
-    if len(layers) < n_layers and not isinstance(cache, LongCache):
-        if getattr(cache, "layer_class_to_replicate", None) is not DynamicLayer:
-            return f"the cache has {len(layers)} layers, the model {n_layers}"
+    grows = isinstance(cache, LongCache) or getattr(cache, "layer_class_to_replicate", None) is DynamicLayer
+    if len(layers) < n_layers and not grows:
+        return f"the cache has {len(layers)} layers, the model {n_layers}"
     while len(layers) < n_layers:
         layers.append(ShardLayer(rank, Spread(ranks), page_size))
     for i in range(n_layers):

@@ -109,5 +109,7 @@ def _runs(part: Part, ranks: int, rank: int) -> tuple[tuple[int, int, int], ...]
     start, end = part.start, part.start + part.kept
     if isinstance(part.how, int):
         return ((start, end, 1),) if part.how == rank and part.kept else ()
-    found = ((start + a, min(start + b, end), step) for a, b, step in _core.ring_shard(part.how, part.length, ranks, rank))
+    found = (
+        (start + a, min(start + b, end), step) for a, b, step in _core.ring_shard(part.how, part.length, ranks, rank)
+    )
     return tuple(run for run in found if run[0] < run[1])
