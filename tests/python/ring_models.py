@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ class Talk:
         turns: tokens of each call.
         keep: `logits_to_keep` of each call.
         pads: tokens that are padding at the beginning of each row; empty: no mask.
+        tails: tokens that are padding at the end of each row of the first call, likewise.
         model, layout, options: arguments of `tiny_model`, `distributed` and `set_options`.
         crops: tokens that are forgotten after each call.
     """
@@ -28,6 +31,7 @@ class Talk:
     batch: int = 1
     keep: int = 0
     pads: tuple[int, ...] = ()
+    tails: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     cached: bool = True
     crops: int = 0
@@ -40,6 +44,8 @@ class Talk:
         return testing.random_ids(self.batch, sum(self.turns), 7)
 
     def mask(self, length: int) -> Tensor | None:
+        if self.tails:
+            return (torch.arange(length) < length - torch.tensor(self.tails)[:, None]).long()
         if not self.pads:
             return None
         return (torch.arange(length) >= torch.tensor(self.pads)[:, None]).long()
@@ -79,6 +85,12 @@ def said(group: Any, talk: Talk, truth: bool = False) -> tuple[list[Tensor], dic
             if talk.crops:
                 cache.crop(-talk.crops)
                 at -= talk.crops
+    if talk.pads or talk.tails:  # nobody asks what padding says
+        for logits, n in zip(made, talk.turns, strict=True):
+            for row in range(talk.batch):
+                if talk.keep == 0 and n == talk.turns[0]:
+                    logits[row, : (talk.pads or [0] * talk.batch)[row]] = 0
+                    logits[row, n - (talk.tails or [0] * talk.batch)[row] :] = 0
     facts: dict[str, Any] = {"stats": llama1m_ext.stats(model)}
     if group is not None:
         facts["sent"] = dict(layout.links.sent)
@@ -212,3 +224,24 @@ def silent(group: Any) -> str:
             assert cache.get_seq_length() == 40
             return f"{type(e).__name__}: {e}"
     return "nothing"
+
+
+def formats(group: Any) -> list[str]:
+    """The formats that "auto" chooses where rank 1 has less memory than rank 0."""
+    model = testing.tiny_model(3, head_dim=64)
+    layout = llama1m_ext.distributed(model, group)
+    set_options(model, progress=False, kv_memory=1_500_000 if layout.rank else 1 << 30)
+    cache = LongCache()
+    with torch.no_grad():
+        model(testing.random_ids(1, 2000, 7), past_key_values=cache, logits_to_keep=1)
+    return [layer.format.name for layer in cache.layers]
+
+
+def shown(group: Any) -> str:
+    """What a prefill writes to the terminal."""
+    model = testing.tiny_model(3)
+    llama1m_ext.distributed(model, group)
+    set_options(model, progress=True)
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()) as text:
+        model(testing.random_ids(1, 400, 7), logits_to_keep=1)
+    return text.getvalue()

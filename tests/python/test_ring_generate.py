@@ -13,7 +13,7 @@ import torch
 
 import ring_models
 from crew import Crew, crew
-from llama1m_ext import plan, saved, testing
+from llama1m_ext import distributed, plan, saved, set_options, testing
 from llama1m_ext.dense import new_page
 from llama1m_ext.formats import KvFormat
 from llama1m_ext.ring import Layout, predicted
@@ -75,6 +75,7 @@ def test_turns_over_one_cache(three, ranks, dtype):
 
 CASES = {
     "left padding": (3, Talk(turns=(40, 1, 12, 1), batch=3, pads=(7, 0, 33), options=SPREAD_OUT)),
+    "right padding": (3, Talk(turns=(40,), batch=3, tails=(7, 0, 33), options=SPREAD_OUT)),
     "one logit": (3, Talk(turns=(40, 1, 12, 1), batch=2, pads=(2, 0), keep=1, options=SPREAD_OUT)),
     "some logits": (2, Talk(turns=(40, 5), keep=4, options=SPREAD_OUT)),
     "many logits": (2, Talk(turns=(60,), keep=30, options=SPREAD_OUT)),
@@ -102,6 +103,15 @@ def test_compact_formats(three, kv):
     # A rank's groups of 64 tokens are others than one process's: rounded likewise, but not the same.
     found = judged(three, 2, talk, factor=3.0)
     assert [facts["format"] for facts in found] == [kv, kv]
+
+
+def test_auto_is_one_format_on_all_ranks(three):
+    assert three.run(2, ring_models.formats) == [["int8", "int8"]] * 2
+
+
+def test_rank_0_has_the_bar(three):
+    first, second = three.run(2, ring_models.shown)
+    assert "400/400 tokens" in first and not second
 
 
 def test_pages_on_the_disk(three, tmp_path):
@@ -258,6 +268,23 @@ def test_one_rank_without_room(three):
     (first,), (second,) = three.run(2, ring_models.refused, "one rank alone has no room")
     assert "DisagreementError" in first and "rank 1: DoesNotFit" in first
     assert second.startswith("DoesNotFit: kv_memory")
+
+
+def test_a_copy_in_another_process():
+    model = testing.tiny_model(3)
+    set_options(model, ring="ring-of-elsewhere")
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="expected a layout of this process, got 'ring-of-elsewhere'"),
+    ):
+        model(testing.random_ids(1, 4))
+    with pytest.raises(TypeError, match="ring: expected a name"):
+        set_options(model, ring=3)
+
+
+def test_without_a_group():
+    with pytest.raises(RuntimeError, match="expected a process group, or a process that torchrun started"):
+        distributed(testing.tiny_model(3))
 
 
 @pytest.mark.slow

@@ -101,6 +101,7 @@ class RingCall:
             rotated = llama.store(layer, q, k, v, rope, 0)
         else:
             rotated, _ = rope.apply(q, k)
+        layer.takes(k, v)
         layer.spread = self.after
         assert rotated is not None
         where = {"causal": False, "q_start": 0}
@@ -163,7 +164,7 @@ def enter(
     if layout.world_size == 1:
         if problem is not None:
             raise problem
-    elif problem is not None or call is None or call.q_len > 1 or layout.control_device().type == "cpu":
+    else:  # for every token: ranks that sample different ones would go on with nonsense
         step = max(agreement.agree(layout.links, same, step, problem, layout.control_device()))
     assert call is not None and call.ring is not None
     if call.options.kv == "auto" and call.pages and not call.pages[0].decided:

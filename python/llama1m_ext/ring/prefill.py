@@ -84,6 +84,7 @@ def sharded(call: Call, ids: Tensor | None, embeds: Tensor | None, keep: int) ->
                     layers.run(layer, hidden, page)
             if page is not None:
                 assert ring.after is not None
+                page.takes(layers.k, layers.v)
                 page.spread = ring.after
                 page.seal()
         layers.pace.finish()

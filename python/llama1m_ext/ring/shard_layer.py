@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .. import _compat
 from ..cache import LongCache
-from ..dense import Stored, part_of
+from ..dense import Kind, Stored, part_of
 from ..formats import GROUP, KvFormat, Page
 from ..pages import PagedLayer, PageSize
 from .spread import Spread
@@ -42,6 +42,16 @@ class ShardLayer(PagedLayer):
         """Forgets all tokens from position `length` on."""
         self.spread = self.spread.truncated(length)
         self.truncate(self.spread.held[self.rank])
+
+    def takes(self, k: Tensor, v: Tensor) -> None:
+        """All ranks' new keys and values are like these, `[batch, kv_heads, n, head_dim]`, also where none comes to this one."""
+        if self.kind is None:
+            self._note(Kind.of(k, v))
+
+    def take_rows(self, rows: Sequence[int]) -> None:
+        super().take_rows(rows)
+        if self.kind is not None and not self.length:
+            self._note(self.kind._replace(batch=len(rows)))
 
     def _refuse(self) -> TypeError:
         return TypeError(
