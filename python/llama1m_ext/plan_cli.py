@@ -53,6 +53,7 @@ def plan(
         str | None, typer.Option(help="Bytes that it reads in a second: 3350GB. Default: no times.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch has it.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that share the model: what each of them takes.")] = 1,
     nodes: Annotated[
         int | None, typer.Option(min=1, help="A ring over many GPUs instead: nodes.", rich_help_panel=RING)
     ] = None,
@@ -116,6 +117,7 @@ def plan(
             threads=threads,
             gpu_flops=None if gpu_tflops is None else gpu_tflops * 1e12,
             gpu_read=gpu_bandwidth,
+            ranks=ranks,
         )
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -356,3 +359,60 @@ def test_the_plan_counts_a_shard():
     assert "over 8 ranks; each has 131,072" in str(eight)
     with pytest.raises(ValueError, match="ranks: expected at least 1, got 0"):
         plan(name, 1000, ranks=0)
+
+
+# -- torchrun ------------------------------------------------------------------------------------------------------------------
+
+CARD = """
+import sys, pathlib, os
+import llama1m_ext
+
+model_id = sys.argv[1]
+
+import transformers
+import torch
+
+pipeline = transformers.pipeline(
+    "text-generation",
+    model=model_id,
+    model_kwargs={"torch_dtype": torch.bfloat16},
+    device_map="auto",
+)
+if "RANK" in os.environ:
+    llama1m_ext.distributed(pipeline)
+messages = [
+    {"role": "system", "content": "You are a pirate chatbot who always responds in pirate speak!"},
+    {"role": "user", "content": "Who are you? " * 30},
+]
+prompt = pipeline.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+terminators = [
+    pipeline.tokenizer.eos_token_id,
+    pipeline.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+]
+torch.manual_seed(3)
+outputs = pipeline(prompt, max_new_tokens=12, eos_token_id=terminators, do_sample=True, temperature=0.6, top_p=0.9)
+served = llama1m_ext.stats(pipeline)
+assert served.stock == {} and served.layer_major == ("RANK" in os.environ), served
+out = pathlib.Path(sys.argv[2]) / os.environ.get("RANK", "alone")
+out.write_text(outputs[0]["generated_text"][len(prompt):], encoding="utf-8")
+"""
+"""The model card's snippet, and the one line."""
+
+
+@pytest.mark.slow
+def test_the_model_card_under_torchrun(tmp_path):
+    testing.tiny_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    (tmp_path / "script.py").write_text(CARD)
+    words = [str(tmp_path / "script.py"), str(tmp_path / "model"), str(tmp_path)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for how in ([], torchrun):
+        answer = subprocess.run(
+            [sys.executable, *how, *words],
+            capture_output=True,
+            encoding="utf-8",
+            timeout=280,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+    alone, first, second = ((tmp_path / name).read_text(encoding="utf-8") for name in ("alone", "0", "1"))
+    assert alone and first == second == alone
