@@ -400,6 +400,7 @@ out.write_text(outputs[0]["generated_text"][len(prompt):], encoding="utf-8")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_model_card_under_torchrun(tmp_path):
     testing.tiny_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     (tmp_path / "script.py").write_text(CARD)
@@ -410,7 +411,7 @@ def test_the_model_card_under_torchrun(tmp_path):
             [sys.executable, *how, *words],
             capture_output=True,
             encoding="utf-8",
-            timeout=280,
+            timeout=430,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert answer.returncode == 0, answer.stdout + answer.stderr
