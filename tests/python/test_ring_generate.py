@@ -112,6 +112,10 @@ def test_auto_is_one_format_on_all_ranks(three):
     assert three.run(2, ring_models.formats) == [["int8", "int8"]] * 2
 
 
+def test_a_cache_goes_with_its_last_reference(three):
+    assert three.run(2, ring_models.released) == [True, True]
+
+
 def test_rank_0_has_the_bar(three):
     first, second = three.run(2, ring_models.shown)
     assert "400/400 tokens" in first and not second
