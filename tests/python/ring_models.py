@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -235,6 +237,23 @@ def formats(group: Any) -> list[str]:
     with torch.no_grad():
         model(testing.random_ids(1, 2000, 7), past_key_values=cache, logits_to_keep=1)
     return [layer.format.name for layer in cache.layers]
+
+
+def released(group: Any) -> bool:
+    """Whether a cache is gone as soon as nobody refers to it, garbage collector or not."""
+    model, cache = testing.tiny_model(3), LongCache()
+    llama1m_ext.distributed(model, group)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for n in (400, 1):
+                model(testing.random_ids(1, n, 7), past_key_values=cache, logits_to_keep=1)
+        held = weakref.ref(cache.layers[0])
+        del cache
+        return held() is None
+    finally:
+        gc.enable()
 
 
 def shown(group: Any) -> str:

@@ -112,6 +112,10 @@ def test_auto_is_one_format_on_all_ranks(three):
     assert three.run(2, ring_models.formats) == [["int8", "int8"]] * 2
 
 
+def test_a_cache_goes_with_its_last_reference(three):
+    assert three.run(2, ring_models.released) == [True, True]
+
+
 def test_rank_0_has_the_bar(three):
     first, second = three.run(2, ring_models.shown)
     assert "400/400 tokens" in first and not second
@@ -400,6 +404,7 @@ out.write_text(outputs[0]["generated_text"][len(prompt):], encoding="utf-8")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_model_card_under_torchrun(tmp_path):
     testing.tiny_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     (tmp_path / "script.py").write_text(CARD)
@@ -410,7 +415,7 @@ def test_the_model_card_under_torchrun(tmp_path):
             [sys.executable, *how, *words],
             capture_output=True,
             encoding="utf-8",
-            timeout=280,
+            timeout=430,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert answer.returncode == 0, answer.stdout + answer.stderr

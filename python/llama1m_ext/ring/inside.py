@@ -32,22 +32,35 @@ MOST = 4096
 """Tokens of a call, at most, that each rank computes whole because somebody watches the modules."""
 
 
-class RingCall:
-    """What several ranks make of a call.
+class Share:
+    """What the plan of a call asks about its ranks.
 
     Attributes:
         layout: the ranks.
-        sharded: whether its tokens are spread over them; otherwise each rank computes them all, and one keeps their keys and values.
-        before, after: who holds which tokens of the cache; None without a cache.
-        owner: the rank that keeps the new tokens, where they are not spread.
-        local: the call in numbers of this rank, which its pages are planned by.
+        sharded: whether the call's tokens are spread over them; otherwise each rank computes them all, and one keeps their keys and
+            values.
         total: tokens in the cache after the call, of all ranks.
     """
 
-    __slots__ = ("_bounds", "after", "before", "layout", "local", "owner", "sharded", "total")
+    __slots__ = ("layout", "sharded", "total")
+
+    def __init__(self, layout: Layout, sharded: bool, total: int) -> None:
+        self.layout, self.sharded, self.total = layout, sharded, total
+
+
+class RingCall(Share):
+    """What several ranks make of a call.
+
+    Attributes:
+        before, after: who holds which tokens of the cache; None without a cache.
+        owner: the rank that keeps the new tokens, where they are not spread.
+        local: the call in numbers of this rank, which its pages are planned by.
+    """
+
+    __slots__ = ("_bounds", "after", "before", "local", "owner")
 
     def __init__(self, layout: Layout, call: Call, sharded: bool) -> None:
-        self.layout, self.sharded = layout, sharded
+        super().__init__(layout, sharded, call.past_len + call.q_len)
         self._bounds: dict[int, dict[str, Any]] = {}
         self.before = self.after = None
         self.owner: int | None = None
@@ -61,10 +74,11 @@ class RingCall:
             else:
                 self.owner = self.before.next_rank()
                 self.after = self.before.given(call.q_len, self.owner)
-        self.total = call.past_len + call.q_len
         call.ring = self
         self.local = copy.copy(call)
         self.local.q_len, self.local.past_len = n, held
+        # Not itself: a cycle would keep the cache alive until somebody collects garbage.
+        self.local.ring = Share(layout, sharded, self.total)  # type: ignore[assignment]
 
     @property
     def is_owner(self) -> bool:
@@ -159,7 +173,7 @@ def enter(
         same["kv"] = call.options.kv
         if call.options.kv == "auto" and call.pages and not call.pages[0].decided:
             step = LADDER.index(plan_call.storage_of(call.ring.local).kv)
-    except (ValueError, TypeError, MemoryError, RuntimeError, AssertionError, OSError) as e:
+    except Exception as e:  # whatever it is: the others wait to be told
         problem = e
     if layout.world_size == 1:
         if problem is not None:
@@ -195,7 +209,10 @@ def _opened(layout: Layout, call: Call | str, keep: int, watch: bool) -> Call:
     if any(width is not None for width in call.windows):
         raise ValueError(f"ring: expected attention to all keys in every layer, got windows of {call.windows}")
     if len(call.devices) != 1:
-        raise ValueError(f"ring: expected a model on one device in each process, got {list(call.devices)}")
+        raise ValueError(
+            f"ring: expected a model on one device in each process, got {list(call.devices)}; with several GPUs: "
+            'device_map={"": int(os.environ["LOCAL_RANK"])}'
+        )
     layout.check_device(next(iter(call.devices)))
     watched_by = (
         "output_hidden_states" if watch else "hooks, or modules of somebody else's" if prefill.watched(call) else None

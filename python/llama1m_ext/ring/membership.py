@@ -39,8 +39,9 @@ def distributed(
 
     Args:
         model: a Llama of transformers, or something that holds one (a pipeline).
-        group: the process group: gloo for models on CPUs, NCCL for those on GPUs ("cpu:gloo,cuda:nccl" is best). None: the default one,
-            which is made of what torchrun says where there is none.
+        group: the process group: gloo for models on CPUs, NCCL for those on GPUs ("cpu:gloo,cuda:nccl" is best), where each process has
+            a GPU of its own (`device_map={"": int(os.environ["LOCAL_RANK"])}`). None: the default one, which is made of what torchrun
+            says where there is none.
         sharding, inner, outer, ranks_per_node, timeout: as `Layout` takes them.
 
     Returns:
@@ -51,7 +52,7 @@ def distributed(
         RuntimeError: no process group, and torchrun did not start this process.
     """
     models = llama_models(model)
-    if group is None and not dist.is_initialized():
+    if group is None and not (dist.is_available() and dist.is_initialized()):
         _join(timeout)
     layout = Layout(group, sharding=sharding, inner=inner, outer=outer, ranks_per_node=ranks_per_node, timeout=timeout)
     for inner_model in models:
@@ -141,5 +142,7 @@ def _join(timeout: float | None) -> None:
         raise RuntimeError(
             f"group: expected a process group, or a process that torchrun started, got neither ({', '.join(missing)} not set)"
         )
+    if not dist.is_available():
+        raise RuntimeError("group: expected a torch with torch.distributed, got one without")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, timeout=None if timeout is None else timedelta(seconds=timeout))
