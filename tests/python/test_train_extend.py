@@ -313,8 +313,8 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
-def _resumed(out) -> None:
-    run(out, resume=True, dtype="bfloat16", checkpoint_steps=3)
+def _resumed(out, pause: float = 0.0) -> None:
+    run(out, resume=True, dtype="bfloat16", checkpoint_steps=3, on_step=lambda step: time.sleep(pause))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -323,9 +323,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, uninterrupted,
     out, deaths = tmp_path / "out", 0
     for _ in range(60):
         last = found(out)[0].name if found(out) else ""
-        # From the start of the process on, of which the first part goes into imports; a fast machine is soon done.
-        sleep = dice.uniform(0.1, 0.4 if deaths < 2 else 1.5)
-        status = forked(_resumed, out, sleep=sleep, number=number)
+        # From the start of the process on, of which the first part goes into imports. A fast machine would soon be done: the
+        # first runs, of 14 steps in all, wait a while after each.
+        sleep, pause = dice.uniform(0.1, 0.4 if deaths < 2 else 1.5), 0.1 if deaths < 2 else 0.0
+        status = forked(_resumed, out, pause, sleep=sleep, number=number)
         if status == 0:
             break
         deaths += 1
