@@ -6,7 +6,6 @@ Every command imports what it needs when it runs, so that `llama1m --help` answe
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ import typer
 from . import plan_cli
 from .data import cli as data_cli
 from .eval import cli as eval_cli
+from .report_file import JsonFile, has_a_place, write_json
 from .train import cli as train_cli
 from .train import theta_cli
 
@@ -35,19 +35,9 @@ train_cli.register(app)
 theta_cli.register(app)
 
 
-def _has_a_place(path: Path | None) -> Path | None:
-    """Said before the work, which may take an hour."""
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise typer.BadParameter(f"expected a file in a folder that can be written to, got {path}")
-    return path
-
-
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.", callback=_has_a_place)
-]
 PlotFile = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE.png", help="Draw the figures (matplotlib).", callback=_has_a_place),
+    typer.Option("--plot", metavar="FILE.png", help="Draw the figures (matplotlib).", callback=has_a_place),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads for both sides. Default: as torch has it.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Alternated rounds; figures are medians.")]
@@ -71,7 +61,7 @@ def demo(
     from llama1m_ext.demo import run_demo
 
     result = run_demo(tokens=tokens, text=text, depth=depth, seed=seed, stock=stock)
-    _write_json(json_file, result)
+    write_json(json_file, result)
     raise typer.Exit(0 if result["correct"] else 1)
 
 
@@ -169,7 +159,7 @@ def bench_kv(
 
         print(kv_quality.HEADER)
         rows = kv_quality.quality(tokens, *((4, 128) if quick else ()))
-        _write_json(json_file, {"bench": "kv quality", "tokens": tokens, "rows": rows})
+        write_json(json_file, {"bench": "kv quality", "tokens": tokens, "rows": rows})
         return
     from llama1m_ext.bench import kv
 
@@ -177,7 +167,7 @@ def bench_kv(
         plan = kv.plan(formats, dtype, kv_len, heads, peers, peer_len, threads, rounds, quick, clock)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    _write_json(json_file, kv.run(plan))
+    write_json(json_file, kv.run(plan))
 
 
 @app.command()
@@ -273,15 +263,9 @@ def main() -> None:
 
 
 def _write_report(report: dict[str, Any], json_file: Path | None, plot: Path | None) -> None:
-    _write_json(json_file, report)
+    write_json(json_file, report)
     if plot is not None:
         from llama1m_ext.bench.plot import draw
 
         draw(report, plot)
         print(f"wrote {plot}", file=sys.stderr)
-
-
-def _write_json(path: Path | None, report: Any) -> None:
-    if path is not None:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {path}", file=sys.stderr)

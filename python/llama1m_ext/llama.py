@@ -54,6 +54,18 @@ def attention_forward(original: Forward, owner: type) -> Forward:
     return forward
 
 
+def projected(attn: Any, x: Tensor, linear: Callable[[str, Any, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of normed states `[batch, n, hidden]`, each `[batch, heads, n, head_dim]`; not rotated.
+
+    Args:
+        linear: applies a projection, as `Workspace.linear`.
+    """
+    shape = (*x.shape[:2], -1, attn.head_dim)
+    q = normed(attn, "q_norm", linear("a", attn.q_proj, x).view(shape)).transpose(1, 2)
+    k = normed(attn, "k_norm", linear("b", attn.k_proj, x).view(shape)).transpose(1, 2)
+    return q, k, linear("c", attn.v_proj, x).view(shape).transpose(1, 2)
+
+
 def attend(
     attn: Any,
     x: Tensor,
@@ -74,11 +86,8 @@ def attend(
         `[batch, n, hidden]`, or why the kernel can't serve what the projections gave (nothing has happened then).
     """
     batch, n, _ = x.shape
-    shape = (batch, n, -1, attn.head_dim)
     linear = _call if space is None else space.linear
-    q = normed(attn, "q_norm", linear("a", attn.q_proj, x).view(shape)).transpose(1, 2)
-    k = normed(attn, "k_norm", linear("b", attn.k_proj, x).view(shape)).transpose(1, 2)
-    v = linear("c", attn.v_proj, x).view(shape).transpose(1, 2)
+    q, k, v = projected(attn, x, linear)
     if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and (layer is None or layer.fits(k, v))):
         return DIFFERENT
     if layer is not None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

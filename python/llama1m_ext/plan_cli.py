@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from .report_file import JsonFile, write_json
 
 RING = "Many GPUs"
 
@@ -16,17 +14,6 @@ RING = "Many GPUs"
 def register(app: typer.Typer) -> None:
     """Puts the command where `llama1m` finds it."""
     app.command()(plan)
-
-
-def _has_a_place(path: Path | None) -> Path | None:
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise typer.BadParameter(f"expected a file in a folder that can be written to, got {path}")
-    return path
-
-
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.", callback=_has_a_place)
-]
 
 
 def plan(
@@ -95,7 +82,7 @@ def plan(
         except (TypeError, ValueError) as error:
             raise typer.BadParameter(str(error)) from None
         typer.echo(str(made_for))
-        _write(json_file, made_for.to_dict())
+        write_json(json_file, made_for.to_dict())
         return
     if model is None or tokens is None:
         raise typer.BadParameter("expected MODEL and --tokens, or --nodes for a plan of many GPUs")
@@ -122,11 +109,5 @@ def plan(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     typer.echo(str(made))
-    _write(json_file, made.to_dict())
+    write_json(json_file, made.to_dict())
     raise typer.Exit(0 if made.fits else 1)
-
-
-def _write(path: Path | None, report: Any) -> None:
-    if path is not None:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {path}", file=sys.stderr)

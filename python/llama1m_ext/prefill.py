@@ -132,6 +132,11 @@ def _layer(layer: Any, hidden: Tensor, call: Call, page: PagedLayer | SlidingLay
         raise NotServed(out)
     add(hidden, out)
     del out
+    feed_forward(layer, hidden, call, space)
+
+
+def feed_forward(layer: Any, hidden: Tensor, call: Call, space: Workspace) -> None:
+    """What a decoder layer does after attention, `[batch, n, hidden]`, updated in place."""
     x = space.norm("x", layer.post_attention_layernorm, hidden)
     add(hidden, space.mlp(layer.mlp, x) if call.kind.family.plain_mlp else layer.mlp(x))
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from ..report_file import JsonFile, has_a_place, write_json
 
 
 def _file(path: Path | None) -> Path | None:
@@ -19,16 +18,9 @@ def _file(path: Path | None) -> Path | None:
     return path
 
 
-def _has_a_place(path: Path | None) -> Path | None:
-    """Said before the work, which may take hours."""
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise typer.BadParameter(f"expected a file in a folder that can be written to, got {path}")
-    return path
-
-
 def _can_draw(path: Path | None) -> Path | None:
-    """Likewise."""
-    if _has_a_place(path) is not None:
+    """Said before the work, too: whether it can be drawn."""
+    if has_a_place(path) is not None:
         from llama1m_ext.eval import plot
 
         try:
@@ -52,9 +44,6 @@ Seed = Annotated[int, typer.Option(help="Of all that is random.")]
 Dtype = Annotated[str | None, typer.Option(help="bf16, f16 or f32. Default: the checkpoint's.")]
 Kv = Annotated[str | None, typer.Option(help="Format of the KV cache: model, int8, fp8, int4, int8/int4.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Default: as torch has it.")]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.", callback=_has_a_place)
-]
 PlotFile = Annotated[
     Path | None,
     typer.Option("--plot", metavar="FILE.png", help="Draw the figures (matplotlib).", callback=_can_draw),
@@ -98,7 +87,9 @@ def ppl(
         ids = pieces_of(Haystack(content, tokenizer, repeat=repeat, name="text"), n, pieces)
         found = module.perplexity(loaded, ids, buckets=buckets)
     typer.echo(found.table())
-    _write(json_file, {"model": model, "text": text and str(text), "length": n, "pieces": pieces, **found.to_dict()})
+    write_json(
+        json_file, {"model": model, "text": text and str(text), "length": n, "pieces": pieces, **found.to_dict()}
+    )
     if plot is not None:
         found.plot(plot)
         typer.echo(f"wrote {plot}", err=True)
@@ -159,7 +150,7 @@ def needle(
             repeat=repeat,
         )
     typer.echo(found.table())
-    _write(json_file, {"model": model, **found.to_dict()})
+    write_json(json_file, {"model": model, **found.to_dict()})
     if picture is not None:
         found.plot(picture, f"{model}, {kind}: {100 * found.accuracy():.1f}% found")
         typer.echo(f"wrote {picture}", err=True)
@@ -211,7 +202,7 @@ def ruler(
     typer.echo(found.table())
     if qa is None:
         typer.echo("without qa, which needs a data set: --qa FILE")
-    _write(json_file, {"model": model, **found.to_dict()})
+    write_json(json_file, {"model": model, **found.to_dict()})
     if plot is not None:
         found.plot(plot, f"{model}, RULER: {found.average():.1f} on average")
         typer.echo(f"wrote {plot}", err=True)
@@ -248,9 +239,3 @@ def _draws() -> bool:
     from importlib.util import find_spec
 
     return find_spec("matplotlib") is not None
-
-
-def _write(path: Path | None, report: Any) -> None:
-    if path is not None:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {path}", file=sys.stderr)

@@ -78,10 +78,8 @@ def _differences(values: list[dict[str, str]]) -> str:
 def _all(links: Links, mine: bytes, sizes: list[int], device: torch.device | None) -> list[bytes]:
     """Everybody's bytes, directly from each: whoever is silent is known by number."""
     sent = _tensor(mine).to(device or "cpu")
-    got = {r: torch.empty(n, dtype=torch.uint8, device=sent.device) for r, n in enumerate(sizes) if r != links.rank}
-    messages = [(sent, r) for r in got], [(t, r) for r, t in got.items()]
-    links.exchange(*messages, "agreeing on what comes", control=True).wait()
-    return [mine if r == links.rank else bytes(got[r].cpu().numpy()) for r in range(links.world_size)]
+    got = links.gather(sent, lambda r: sent.new_empty(sizes[r]), "agreeing on what comes", control=True)
+    return [mine if r == links.rank else bytes(t.cpu().numpy()) for r, t in enumerate(got)]
 
 
 def _tensor(raw: bytes) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core, gradients, ops
+from .runs import before
 from .schedule import Piece
 
 __all__ = ["Bounds", "Merged", "Sums"]
@@ -34,19 +35,8 @@ class Bounds:
         if self.start is None and self.end is None:
             return None, None
         runs = _core.ring_shard(self.sharding, self.length, self.ranks, source)
-        return _before(runs, self.start), _before(runs, self.end)
-
-
-def _before(runs: Sequence[tuple[int, int, int]], position: Tensor | None) -> Tensor | None:
-    """How many positions of the runs are before one."""
-    if position is None:
-        return None
-    found = torch.zeros_like(position)
-    for start, stop, step in runs:
-        found += ((position - start + step - 1).div(step, rounding_mode="floor")).clamp(
-            0, len(range(start, stop, step))
-        )
-    return found
+        start, end = (None if b is None else before(runs, b) for b in (self.start, self.end))
+        return start, end
 
 
 def _within(piece: Piece, bounds: tuple[Tensor | None, Tensor | None]) -> dict[str, Any]:

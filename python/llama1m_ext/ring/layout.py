@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _core
 from .heads import HeadGroup
+from .runs import size
 from .transfer import Links
 
 __all__ = ["SHARDINGS", "Layout"]
@@ -153,17 +154,11 @@ class Layout:
 
     def ring_lengths(self, length: int) -> list[int]:
         """Positions of each ring shard, of a sequence of so many."""
-        return [
-            sum(_size(run) for run in _core.ring_shard(self.sharding, length, self.ring_size, r))
-            for r in range(self.ring_size)
-        ]
+        return [size(_core.ring_shard(self.sharding, length, self.ring_size, r)) for r in range(self.ring_size)]
 
     def cuts(self, ring_length: int) -> tuple[int, ...]:
         """Positions of each of the ranks that share a ring shard of so many."""
-        return tuple(
-            sum(_size(run) for run in _core.ring_shard("contiguous", ring_length, self.heads, h))
-            for h in range(self.heads)
-        )
+        return tuple(size(_core.ring_shard("contiguous", ring_length, self.heads, h)) for h in range(self.heads))
 
     def lengths(self, length: int) -> list[int]:
         """Positions that each rank holds, of a sequence of so many."""
@@ -215,9 +210,7 @@ class Layout:
         whole = list(x.shape)
         whole[dim] = length
         made, mine = x.new_empty(whole), x.contiguous()
-        parts = [mine if r == self.rank else x.new_empty(_with(x.shape, dim, n)) for r, n in enumerate(lengths)]
-        others = [r for r in range(self.world_size) if r != self.rank]
-        self.links.exchange([(mine, r) for r in others], [(parts[r], r) for r in others], "gather", control=True).wait()
+        parts = self.links.gather(mine, lambda r: x.new_empty(_with(x.shape, dim, lengths[r])), "gather", control=True)
         for r, part in enumerate(parts):
             made.index_copy_(dim, self.positions(length, r).to(x.device), part)
         return made
@@ -227,10 +220,6 @@ def _backends(group: Any) -> dict[str, str]:
     """What carries tensors of each kind of device: {"cpu": "gloo", "cuda": "nccl"}."""
     found = str(dist.get_backend_config(group))
     return dict(pair.split(":", 1) for pair in found.split(",") if ":" in pair)
-
-
-def _size(run: tuple[int, int, int]) -> int:
-    return len(range(*run))
 
 
 def _with(shape: torch.Size, dim: int, n: int) -> list[int]:

@@ -35,11 +35,7 @@ def merged(layout: Layout, out: Tensor, lse: Tensor, what: str) -> Tensor:
     if layout.world_size == 1:
         return out
     mine = _packed(out, lse)
-    others = [r for r in range(layout.world_size) if r != layout.rank]
-    packed = {r: torch.empty_like(mine) for r in others}
-    layout.links.exchange([(mine, r) for r in others], [(packed[r], r) for r in others], what).wait()
-    packed[layout.rank] = mine
-    return _merge([packed[r] for r in range(layout.world_size)], out.shape)[0]
+    return _merge(layout.links.gather(mine, lambda r: torch.empty_like(mine), what), out.shape)[0]
 
 
 def of_everybody(
@@ -59,14 +55,13 @@ def of_everybody(
         LinkError: a rank is silent.
     """
     batch, heads, _, head_dim = q.shape
-    mine = q.contiguous()
-    others = [r for r in range(layout.world_size) if r != layout.rank]
-    asked = [mine if r == layout.rank else q.new_empty((batch, heads, n, head_dim)) for r, n in enumerate(lengths)]
-    messages = [(mine, r) for r in others], [(asked[r], r) for r in others]
-    layout.links.exchange(*messages, f"{what}, queries").wait()
+    asked = layout.links.gather(
+        q.contiguous(), lambda r: q.new_empty((batch, heads, lengths[r], head_dim)), f"{what}, queries"
+    )
     out, lse = partial(torch.cat(asked, 2))
     answers = [_packed(o, s) for o, s in zip(out.split(list(lengths), 2), lse.split(list(lengths), 2), strict=True)]
     got = [a if r == layout.rank else torch.empty_like(answers[layout.rank]) for r, a in enumerate(answers)]
+    others = [r for r in range(layout.world_size) if r != layout.rank]
     back = [(answers[r], r) for r in others], [(got[r], r) for r in others]
     layout.links.exchange(*back, f"{what}, results").wait()
     return _merge(got, q.shape)
@@ -89,10 +84,8 @@ def last_rows(layout: Layout, x: Tensor, length: int, keep: int) -> Tensor:
     first = length - keep
     places = [p[p >= first] - first for p in (layout.positions(length, r) for r in range(layout.world_size))]
     mine = x[:, x.shape[1] - len(places[layout.rank]) :].contiguous()
-    parts = [mine if r == layout.rank else x.new_empty((x.shape[0], len(p), x.shape[2])) for r, p in enumerate(places)]
-    others = [r for r in range(layout.world_size) if r != layout.rank]
-    messages = [(mine, r) for r in others], [(parts[r], r) for r in others]
-    layout.links.exchange(*messages, "the last hidden states").wait()
+    shapes = [(x.shape[0], len(p), x.shape[2]) for p in places]
+    parts = layout.links.gather(mine, lambda r: x.new_empty(shapes[r]), "the last hidden states")
     made = x.new_empty((x.shape[0], keep, x.shape[2]))
     for part, place in zip(parts, places, strict=True):
         made.index_copy_(1, place.to(x.device), part)

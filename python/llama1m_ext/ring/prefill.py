@@ -132,7 +132,7 @@ class _Layers:
         rope = call.rope_of(attn)
         for a, b in prefill.chunks(0, self.m, self.chunk):
             x = space.norm("x", layer.input_layernorm, hidden[:, a:b])
-            q, k, v = _projected(attn, x, space)
+            q, k, v = llama.projected(attn, x, space.linear)
             into = self.q[:, :, a:b], self.k[:, :, a:b]
             if not (q.dtype == k.dtype == v.dtype == hidden.dtype and (page is None or page.fits(k, v))):
                 raise NotServed(llama.DIFFERENT)
@@ -150,8 +150,7 @@ class _Layers:
         for a, b in prefill.chunks(0, self.m, self.chunk):
             mine = out[:, :, a:b].transpose(1, 2).to(hidden.dtype).reshape(hidden.shape[0], b - a, -1)
             prefill.add(hidden[:, a:b], space.linear("x", attn.o_proj, mine))
-            x = space.norm("x", layer.post_attention_layernorm, hidden[:, a:b])
-            prefill.add(hidden[:, a:b], space.mlp(layer.mlp, x) if call.kind.family.plain_mlp else layer.mlp(x))
+            prefill.feed_forward(layer, hidden[:, a:b], call, space)
             self._did(call.batch * (b - a) * self.cost.linear - self.cost.keys(b - a), hidden)
 
     def last(self, layer: Any, hidden: Tensor, page: ShardLayer | None, whole: Any, keep: int) -> Tensor:
@@ -176,9 +175,9 @@ class _Layers:
         places = self.layout.positions(n)
         seen = [self.past + int((places <= n - keep + j).sum()) for j in range(keep)]
         spread = self.ring.after
-        where: dict[str, Any] = {"kv_start": None, "kv_end": None}
         if spread is None:
-            where = dict(zip(where, self.bounds.of(self.layout.ring_rank), strict=True))
+            start, end = self.bounds.of(self.layout.ring_rank)
+            where: dict[str, Any] = {"kv_start": start, "kv_end": end}
         else:
             where = self.ring.bounds(call, spread)
         parts = [
@@ -221,11 +220,3 @@ class _Layers:
     def _did(self, work: float, like: Tensor) -> None:
         if self.pace is not None:
             self.pace.step(work, like.device)
-
-
-def _projected(attn: Any, x: Tensor, space: Workspace) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of normed states `[batch, n, hidden]`, each `[batch, heads, n, head_dim]`."""
-    shape = (*x.shape[:2], -1, attn.head_dim)
-    q = llama.normed(attn, "q_norm", space.linear("a", attn.q_proj, x).view(shape)).transpose(1, 2)
-    k = llama.normed(attn, "k_norm", space.linear("b", attn.k_proj, x).view(shape)).transpose(1, 2)
-    return q, k, space.linear("c", attn.v_proj, x).view(shape).transpose(1, 2)

@@ -10,6 +10,7 @@ import torch
 
 from .. import _core
 from .layout import Layout
+from .runs import size
 
 __all__ = ["Bytes", "Piece", "Schedule", "Step", "predicted", "schedule"]
 
@@ -79,10 +80,7 @@ def _schedule(
         for step, source, _, pieces, *ways in _core.ring_schedule(*where)
     )
     exchanges = tuple((tuple(sends), tuple(receives)) for sends, receives in _core.ring_gradients(*where))
-    lengths = tuple(
-        sum(len(range(*run)) for run in _core.ring_shard(sharding, length, inner * outer, r))
-        for r in range(inner * outer)
-    )
+    lengths = tuple(size(_core.ring_shard(sharding, length, inner * outer, r)) for r in range(inner * outer))
     return Schedule(inner, lengths, steps, exchanges)
 
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import _core
+from .runs import Run, before, size
 
 __all__ = ["Part", "Spread"]
 
 BLOCK = 256
 """New tokens go to one rank until it has so many more than the rank with the fewest."""
-Runs = list[tuple[int, int, int]]
 
 
 class Part(NamedTuple):
@@ -49,7 +49,7 @@ class Spread:
 
     def __post_init__(self) -> None:
         if not self.held:
-            held = tuple(sum(len(range(*run)) for run in self.runs(rank)) for rank in range(self.ranks))
+            held = tuple(size(self.runs(rank)) for rank in range(self.ranks))
             object.__setattr__(self, "held", held)
 
     @property
@@ -57,23 +57,18 @@ class Spread:
         """Tokens of all ranks."""
         return self.parts[-1].start + self.parts[-1].kept if self.parts else 0
 
-    def runs(self, rank: int) -> Runs:
+    def runs(self, rank: int) -> list[Run]:
         """`(start, stop, step)` of the positions that a rank holds, rising."""
         return [run for part in self.parts for run in _runs(part, self.ranks, rank)]
 
     def before(self, rank: int, position: Tensor) -> Tensor:
         """How many of a rank's tokens are at smaller positions, int64 like `position`."""
-        found = position.new_zeros(position.shape)
-        for start, stop, step in self.runs(rank):
-            found += (
-                (position - start + step - 1).div(step, rounding_mode="floor").clamp(0, len(range(start, stop, step)))
-            )
-        return found
+        return before(self.runs(rank), position)
 
     def shared(self, n: int, sharding: str) -> Spread:
         """With n more tokens, shared out."""
         part = Part(self.length, n, n, sharding)
-        more = (sum(len(range(*run)) for run in _runs(part, self.ranks, rank)) for rank in range(self.ranks))
+        more = (size(_runs(part, self.ranks, rank)) for rank in range(self.ranks))
         return Spread(self.ranks, (*self.parts, part), tuple(a + b for a, b in zip(self.held, more, strict=True)))
 
     def given(self, n: int, rank: int) -> Spread:
@@ -104,7 +99,7 @@ class Spread:
 
 
 @functools.lru_cache(maxsize=256)
-def _runs(part: Part, ranks: int, rank: int) -> tuple[tuple[int, int, int], ...]:
+def _runs(part: Part, ranks: int, rank: int) -> tuple[Run, ...]:
     """Those of one part."""
     start, end = part.start, part.start + part.kept
     if isinstance(part.how, int):

@@ -100,6 +100,22 @@ class Links:
                 raise LinkError(f"rank {self.rank}: {what}: {said}; {_first_line(e)}") from e
         return Exchange(self, works, peers, what, [op.tensor for op in ops])
 
+    def gather(self, mine: Tensor, room: Callable[[int], Tensor], what: str, *, control: bool = False) -> list[Tensor]:
+        """Every rank's tensor, this one's own among them; all ranks call it.
+
+        Args:
+            mine: contiguous.
+            room: for that of another rank, by its number.
+            what, control: as `exchange`.
+
+        Raises:
+            LinkError: a rank is silent.
+        """
+        others = [r for r in range(self.world_size) if r != self.rank]
+        found = [mine if r == self.rank else room(r) for r in range(self.world_size)]
+        self.exchange([(mine, r) for r in others], [(found[r], r) for r in others], what, control=control).wait()
+        return found
+
     def _count(self, peer: int, size: int, control: bool) -> None:
         if control:
             self.control += size
