@@ -56,6 +56,10 @@ class Devices:
         """Whether one says so."""
         return yes if self.world_size == 1 else self.total(float(yes))[0] > 0
 
+    def first_says(self, yes: bool) -> bool:
+        """Whether the first rank says so; before it goes on. Of files that it writes the others may see either state."""
+        return self.any_says(yes and self.is_first)
+
     def tell(self, text: str) -> None:
         """The first rank tells all others, which `hear` it."""
         if self.world_size > 1:

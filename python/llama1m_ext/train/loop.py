@@ -242,7 +242,7 @@ class _Trainer:
         self.plans = self._planned()
         self.at: At | None = None
         self.save: saves.Save | None = None
-        self._agree_with(identity)
+        devices.each("comparing with the run in its folder", lambda: self._agree_with(identity))
         if started.resume:
             self.save = saves.newest(self.out, devices, self._say)
             self.at = self.save.at if self.save is not None else None
@@ -284,7 +284,7 @@ class _Trainer:
         at = self.at
         if at is not None and (at.stage > i or (at.stage == i and at.ended)):
             step, loss = (at.step if at.stage == i else stage.steps), math.nan
-            if folder.is_dir():
+            if self.devices.first_says(folder.is_dir()):
                 return Done(stage.name, stage.length, theta, step, loss, folder)
         else:
             step, loss = self._trained(i, stage)
@@ -309,7 +309,7 @@ class _Trainer:
         return step, loss
 
     def _finish(self, i: int, stage: Stage, theta: float, positions: int, step: int, loss: float, folder: Path) -> Done:
-        if not folder.is_dir():
+        if not self.devices.first_says(folder.is_dir()):
             models.save(self.model, folder, self.settings, self.devices, self.source, self.tokenizer, positions)
         about = {"stage": stage.name, "stage_number": i + 1}
         if self.journal is not None:
@@ -368,7 +368,7 @@ class _Trainer:
                         signals.check()
             except Interrupted as e:
                 optimizer.clear()
-                if step != written or not saves.found(self.out):
+                if step != written or not self.devices.first_says(bool(saves.found(self.out))):
                     with signals.held():
                         self._write(At(i, step), optimizer, random)
                 raise Interrupted(
