@@ -109,6 +109,8 @@ def test_layers_of_parallelism_on_four(eight, layout):
         {"heads": 2, "inner": 2, "outer": 2},
         {"heads": 4, "outer": 2},
         {"heads": 8},
+        {"heads": 8, "ranks_per_node": 2},
+        {"heads": 4, "ranks_per_node": 2},
         {"ranks_per_node": 4},
     ],
 )
@@ -216,7 +218,7 @@ def random_case(seed: int) -> Case:
             "sharding": pick.choice(["zigzag", "striped", "contiguous"]),
             "heads": heads,
             "outer": outer,
-            "ranks_per_node": heads * pick.choice([1, inner]),
+            "ranks_per_node": pick.choice([n for n in (1, heads, heads * inner) if n % heads == 0 or heads % n == 0]),
         },
         batch=batch,
         q_heads=max(kv_heads, heads) * pick.choice([1, 2]) if kv_heads > 1 else heads * pick.choice([1, 4]),

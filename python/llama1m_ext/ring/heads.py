@@ -1,6 +1,6 @@
 """Head parallelism: ranks that each hold some positions of all heads come to hold all positions of some heads, and back.
 
-All-to-all (DeepSpeed-Ulysses, 2309.14509), here among the `heads` ranks of a node that follow each other. Where there are more
+All-to-all (DeepSpeed-Ulysses, 2309.14509), here among `heads` ranks that follow each other, of one node or of whole ones. Where there are more
 of them than kv heads, several hold the same kv head, and its gradient is the sum of theirs.
 """
 
@@ -68,7 +68,7 @@ class HeadGroup:
             got = [t.new_empty((*t.shape[:2], size, *t.shape[3:])) for t in ours]
             receives += [(t, self.first + rank) for t in got]
             parts.append(got)
-        self.links.exchange(sends, receives, f"{what}, heads within the node").wait()
+        self.links.exchange(sends, receives, f"{what}, exchanging heads").wait()
         return [torch.cat([part[i] for part in parts], 2) for i in range(len(tensors))]
 
     def scatter(self, tensors: list[Tensor], heads: list[int], what: str) -> list[Tensor]:
@@ -90,7 +90,7 @@ class HeadGroup:
             got = [t.new_empty((*t.shape[:2], mine, *t.shape[3:])) for t in tensors]
             receives += [(t, self.first + rank) for t in got]
             parts.append(got)
-        self.links.exchange(sends, receives, f"{what}, heads within the node").wait()
+        self.links.exchange(sends, receives, f"{what}, exchanging heads").wait()
         made = []
         for i, of in enumerate(heads):
             pieces = [part[i] for part in parts]

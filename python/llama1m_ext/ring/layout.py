@@ -29,7 +29,7 @@ class Layout:
         group: the process group (gloo for tensors on the CPU, NCCL for those on GPUs); None: the default one.
         sharding: "zigzag" (2R chunks, rank r holds chunks r and 2R-1-r), "striped" (rank r holds r, r+R, ..: 2311.09431),
             "contiguous" (unbalanced where attention is causal). R: ranks of the ring.
-        heads: head-parallel degree, within a node.
+        heads: head-parallel degree: a part of a node's ranks, or whole nodes.
         inner: ranks of the inner ring; None: all that heads and outer leave.
         outer: ranks of the outer ring, across nodes (double ring: LoongTrain, 2406.18485).
         ranks_per_node: which links are within a node: those between ranks with the same `rank // ranks_per_node`; None: `heads * inner`.
@@ -82,9 +82,9 @@ class Layout:
         self.ring_size = inner * outer
         self.ring_rank, self.head_rank = divmod(rank, heads)
         self.ranks_per_node = heads * inner if ranks_per_node is None else ranks_per_node
-        if self.ranks_per_node % heads:
+        if self.ranks_per_node % heads and heads % self.ranks_per_node:
             raise ValueError(
-                f"heads: expected a degree that divides ranks_per_node={self.ranks_per_node}, as heads are shared within a node, got {heads}"
+                f"heads: expected a divisor or a multiple of ranks_per_node={self.ranks_per_node}, got {heads}"
             )
         self.timeout = 1800.0 if timeout is None else float(timeout)
         self.links = Links(group, rank, world_size, self.kind, self.timeout)

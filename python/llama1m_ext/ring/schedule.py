@@ -120,11 +120,13 @@ def predicted(
     backward = {"within": ring[2], "across": ring[3]}
     if layout.heads > 1:
         cuts = layout.cuts(layout.ring_lengths(length)[layout.ring_rank])
-        mine = cuts[layout.head_rank]
-        others = sum(cuts) - mine
         q_row = batch * (q_heads // layout.heads) * head_dim
-        away, back = mine * (layout.heads - 1), others
+        out_row = q_row * own + 4 * q_row // head_dim  # and lse
         gradient = 4 if layout.heads > kv_heads else own
-        forward["within"] += away * (q_row + row) * own + back * (q_row * own + 4 * q_row // head_dim)
-        backward["within"] += away * (q_row * own + 4 * q_row // head_dim) + back * (q_row * own + row * gradient)
+        mine = cuts[layout.head_rank]
+        for place, theirs in enumerate(cuts):
+            if place != layout.head_rank:
+                kind = layout.kind(layout.rank, layout.rank_of(layout.ring_rank, place))
+                forward[kind] += mine * (q_row + row) * own + theirs * out_row
+                backward[kind] += mine * out_row + theirs * (q_row * own + row * gradient)
     return Bytes(*({kind: n for kind, n in of.items() if n} for of in (forward, backward)))
