@@ -193,6 +193,17 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_processes_on_one_machine_share_its_memory(tmp_path, monkeypatch):
+    from llama1m_ext import memory
+    from llama1m_ext.train import extend
+
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 << 29)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    rows = [{"input_ids": [1] * 65536}]
+    with pytest.raises(DoesNotFit, match=r"training at 65536 tokens takes .*, and 9[67]\.. MiB are there"):
+        extend(tiny_model(), [Stage(65536, 1)], tmp_path / "out", data=rows, dtype="float32")
+
+
 def test_lora_is_counted():
     from llama1m_ext.train.models import trained, with_adapters
     from llama1m_ext.train.planning import trained_elements
@@ -216,20 +227,62 @@ def test_command(tmp_path):
     made = json.loads(file.read_text())
     assert [stage["fits"] for stage in made["stages"]] == [True] * 4
     assert made["stages"][0]["parts"]["moments"] == 8 * 8_030_261_248
+    assert made["devices"] == 1 and "to a row" not in answer.output
     answer = CliRunner().invoke(app, ["extend", CARD, "--plan", "--stages", str(tmp_path / "none.toml")])
     assert answer.exit_code == 1 and "expected a file of TOML" in answer.output
 
 
 def test_devices_that_share_rows():
     """Eight to a row: an eighth of what is kept, the same work in all, and blocks that travel."""
-    more = {"devices": 64, "shard": True, "gpu": True, "memory": "80GiB", "measure": False, "keep": "attention"}
-    alone, shared, all_of_them = (plan(CARD, sequence_parallel=n, **more).stages[-1] for n in (1, 8, 64))
+    more = {"shard": True, "gpu": True, "memory": "80GiB", "measure": False, "keep": "attention"}
+    alone = plan(CARD, devices=16, **more).stages[-1]
+    more["devices"] = 64
+    shared, all_of_them = (plan(CARD, sequence_parallel=n, **more).stages[-1] for n in (8, 64))
     assert (shared.step.length, shared.step.passes, all_of_them.step.passes) == (131072, 2, 16)
     assert alone.parts.kept == 8 * shared.parts.kept == 64 * all_of_them.parts.kept
     assert shared.flops == all_of_them.flops and shared.parts.layer > alone.parts.layer / 8
     assert all_of_them.fits and not shared.fits
     with pytest.raises(ValueError, match="sequence_parallel: expected a divisor of the 64 devices, got 3"):
         plan(CARD, sequence_parallel=3, **more)
+    with pytest.raises(StagesError, match=r"stage 65k: expected .* a multiple of 64 processes, got 1 \* 32"):
+        plan(CARD, **more)
+    with pytest.raises(StagesError, match=r"rows_at_once: expected a divisor of the 8 rows .*, got 3"):
+        plan(CARD, [Stage(4096, 1, batch_size=16, rows_at_once=3)], devices=4, sequence_parallel=2, measure=False)
+
+
+def test_the_command_plans_for_processes_that_share_rows(tmp_path):
+    """As Python's `plan` does; without --ranks there are as many as share a row."""
+    from typer.testing import CliRunner
+
+    from llama1m_ext.cli import app
+
+    def invoked(*more):
+        answer = CliRunner().invoke(app, ["extend", CARD, "--plan", "--memory", "80GiB", *more])
+        return answer.exit_code, answer.output
+
+    file = tmp_path / "plan.json"
+    code, said = invoked("--sequence-parallel", "8", "--json", str(file))
+    assert code == 0, said
+    assert "8 devices with 80.0 GiB of memory each, 8 to a row" in said
+    assert "50 steps of 16 rows, 1 at a time on 8 devices, 131,072 tokens each: 838,860,800 tokens" in said
+    made, want = json.loads(file.read_text()), plan(CARD, memory="80GiB", devices=8, sequence_parallel=8, measure=False)
+    assert made == json.loads(json.dumps(want.to_dict()))
+    assert made["stages"][-1]["step"]["ring"] == 8 and made["stages"][-1]["step"]["shards"] == 1
+    code, said = invoked("--sequence-parallel", "8", "--ranks", "64", "--json", str(file))
+    assert code == 0 and "64 devices with 80.0 GiB of memory each, 8 to a row" in said
+    assert json.loads(file.read_text())["stages"][-1]["step"]["passes"] == 2
+    code, said = invoked("--sequence-parallel", "3", "--ranks", "64")
+    assert code == 1 and "sequence_parallel: expected a divisor of the 64 devices, got 3" in said
+    answer = CliRunner().invoke(app, ["extend", CARD, "--out", str(tmp_path / "out"), "--ranks", "2"])
+    assert answer.exit_code == 2 and "--plan only" in answer.output
+
+
+def test_the_stages_say_whether_weights_are_spread():
+    given = {"memory": "80GiB", "measure": False, "devices": 8}
+    table = {"stage": [{"length": 4096, "steps": 1, "batch_size": 8}], "devices": "shard"}
+    assert plan(CARD, table, **given).stages[0].step.shards == 8
+    assert plan(CARD, table, **given, shard=False).stages[0].step.shards == 1
+    assert plan(CARD, {**table, "devices": "replicate"}, **given).stages[0].step.shards == 1
 
 
 def test_what_makes_no_sense():

@@ -42,6 +42,12 @@ def extend(
     offload: Annotated[str | None, typer.Option(help="Where it waits: none, host, disk.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU, where there is one.")] = None,
     sequence_parallel: Annotated[int, typer.Option(min=1, help="Processes that share each row, under torchrun.")] = 1,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --plan: processes, each with memory of its own. Default: those that share a row."
+        ),
+    ] = None,
     progress: Annotated[bool | None, typer.Option("--progress/--no-progress", help="Default: on a terminal.")] = None,
     memory: Annotated[
         str | None, typer.Option(help="With --plan: for a machine with so much memory, 80GiB. Default: this one.")
@@ -55,8 +61,14 @@ def extend(
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
         if plan:
+            settings |= {
+                "devices": sequence_parallel if ranks is None else ranks,
+                "sequence_parallel": sequence_parallel,
+            }
             _plan(model, stages, settings, memory, json_file)
             return
+        if ranks is not None:
+            raise typer.BadParameter("expected it with --plan only: torchrun starts processes", param_hint="--ranks")
         if out is None:
             raise typer.BadParameter("expected a folder for the run", param_hint="--out")
         from llama1m_ext.train.loop import extend as train

@@ -24,11 +24,13 @@ class Devices:
     Attributes:
         rank, world_size: its number, and how many there are.
         device: where it computes.
+        on_node: how many of them are on this machine, whose memory they share.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    on_node: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -112,7 +114,7 @@ def join(device: str | torch.device | None = None) -> Devices:
         ValueError: no such device.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local, on_node = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device is None:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         at = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
@@ -126,4 +128,4 @@ def join(device: str | torch.device | None = None) -> Devices:
         torch.cuda.set_device(at)
     if world_size > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if at.type == "cuda" else "gloo")
-    return Devices(rank, world_size, at)
+    return Devices(rank, world_size, at, on_node)

@@ -32,7 +32,7 @@ from .layer import How
 from .optimizer import Optimizer, rate
 from .saves import At
 from .signals import Interrupted, Signals
-from .stages import Run, Settings, Stage, StagesError
+from .stages import Run, Settings, Stage
 from .team import Team, team_of
 
 RUN_FILE = "run.json"
@@ -223,7 +223,7 @@ class _Trainer:
         self.source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
         self.sharded = devices.world_size > 1 and self.settings.devices == "shard"
         for stage in run.stages:
-            _check_rows(stage, team)
+            stage.shares(team.teams, team.size)
         self.sources = [folder_of(stage, data) for stage in run.stages]
         self.model = models.load(model, self.settings, devices.device)
         causal = causal_of(self.model)
@@ -381,9 +381,8 @@ class _Trainer:
     def _gradients(self, i: int, stage: Stage, optimizer: Optimizer, step: int) -> tuple[float, float]:
         """Sums the gradients of a step, and clips them. (loss, their norm before)."""
         devices, team, data = self.devices, self.team, self.data[i]
-        share = stage.rows // team.teams
+        share, at_once = stage.shares(team.teams, team.size)
         first = step * stage.rows + team.number * share
-        at_once = _at_once(stage, team)
         batches, weight = [], 0.0
         for a in range(first, first + share, at_once):
             batch, borders = data.batch(list(range(a, a + at_once)))
@@ -432,6 +431,8 @@ class _Trainer:
         shape = plan_shape.of_model(inner, self.model)
         trained = sum(p.numel() for _, p in models.trained(self.model))
         free = memory.free_bytes(device)
+        if free is not None and device.type == "cpu":
+            free //= self.devices.on_node
         made = planning.planned(
             self.run,
             shape,
@@ -522,24 +523,6 @@ class _Trainer:
     def _say(self, text: str) -> None:
         if self.devices.is_first:
             print(text, file=sys.stderr)
-
-
-def _check_rows(stage: Stage, team: Team) -> None:
-    who = "processes" if team.size == 1 else f"teams of {team.size} processes"
-    if stage.rows % team.teams:
-        raise StagesError(
-            f"stage {stage.name}: expected batch_size * accumulation to be a multiple of {team.teams} {who}, got "
-            f"{stage.batch_size} * {stage.accumulation}"
-        )
-    share, at_once = stage.rows // team.teams, _at_once(stage, team)
-    if share % at_once:
-        raise StagesError(
-            f"stage {stage.name}: rows_at_once: expected a divisor of the {share} rows that a device computes in a step, got {at_once}"
-        )
-
-
-def _at_once(stage: Stage, team: Team) -> int:
-    return stage.rows_at_once or max(1, stage.batch_size // team.teams)
 
 
 def _size(p: Any) -> int:

@@ -68,6 +68,7 @@ class TrainingPlan:
         memory: bytes that there are on each device; None: nobody knows.
         devices: how many.
         disk: bytes of the run's folder in the end: checkpoints and models.
+        sequence_parallel: how many of the devices share each row.
     """
 
     model: str
@@ -77,6 +78,7 @@ class TrainingPlan:
     memory: int | None
     devices: int
     disk: int
+    sequence_parallel: int = 1
 
     @property
     def fits(self) -> bool:
@@ -117,7 +119,7 @@ def plan(
     memory: int | str | None = None,
     gpu: bool = False,
     devices: int = 1,
-    shard: bool = False,
+    shard: bool | None = None,
     sequence_parallel: int = 1,
     measure: bool = True,
     threads: int | None = None,
@@ -128,17 +130,18 @@ def plan(
     Args:
         model_or_config: a model, a `LlamaConfig`, a folder with a config.json, or a name; the model card's needs no network.
         stages: as `extend` takes them; None: the model card's.
-        memory: bytes of each device's memory, as an int or "80GiB"; None: what is free here now.
+        memory: bytes of each device's memory, as an int or "80GiB"; None: what is free here now, for each of them.
         gpu: reckon with the larger pieces that a GPU works on.
         devices: how many compute rows beside each other.
-        shard: whether weights, gradients and optimizer states are spread over them.
+        shard: whether weights, gradients and optimizer states are spread over them; None: as the field `devices` of `Settings` says.
         sequence_parallel: how many of them share each row (ring attention).
         measure: measure this machine for half a second, to estimate times (on the CPU, one device).
         threads: of the arithmetic; None: as torch has it.
         settings: fields of `Settings`, in the place of what `stages` says.
 
     Raises:
-        StagesError, ValueError, TypeError: arguments that make no sense; the message names it.
+        StagesError, ValueError, TypeError: arguments that make no sense, or rows of a step that the devices can't share evenly;
+            the message names it.
     """
     from ..memory import available_bytes
     from ..options import parse_bytes
@@ -166,7 +169,7 @@ def plan(
         None if limit is None else limit + loaded,
         gpu=gpu,
         devices=devices,
-        shards=devices if shard else 1,
+        shards=devices if (run.settings.devices == "shard" if shard is None else shard) else 1,
         threads=threads,
         rates=_rates(shape, threads) if measure and not gpu and devices == 1 else None,
         sequence_parallel=sequence_parallel,
@@ -197,13 +200,12 @@ def planned(
     """
     made, teams = [], max(1, devices // sequence_parallel)
     for stage in run.stages:
-        share = stage.rows // teams or 1
-        at_once = min(share, stage.rows_at_once or max(1, stage.batch_size // teams))
+        share, at_once = stage.shares(teams, sequence_parallel)
         s = run.settings
         step = Step(
             length=-(-stage.length // sequence_parallel),
             rows=at_once,
-            passes=max(1, share // at_once),
+            passes=share // at_once,
             offload=s.offload,
             chunk=s.chunk,
             ce_chunk=s.ce_chunk,
@@ -235,7 +237,7 @@ def planned(
         )
     model = shape.parameters * (2 if (run.settings.save_dtype or run.settings.dtype) == "bfloat16" else 4)
     disk = (run.settings.checkpoints + 1) * made[0].parts.checkpoint + len(made) * model
-    return TrainingPlan("a Llama", shape, run.settings, tuple(made), limit, devices, disk)
+    return TrainingPlan("a Llama", shape, run.settings, tuple(made), limit, devices, disk, sequence_parallel)
 
 
 def trained_elements(shape: Shape, settings: Settings) -> int | None:
@@ -317,15 +319,16 @@ def _lora() -> Any:
 def _lines(p: TrainingPlan) -> list[str]:
     known = "unknown" if p.memory is None else gib(p.memory)
     trained = "all weights" if p.settings.lora is None else f"adapters of rank {p.settings.lora.rank}"
-    lines = [
-        f"{p.model}: {trained} in {p.settings.dtype}, {p.devices} device{'s' * (p.devices > 1)} with {known} of memory each",
-        "",
-    ]
+    who = f"{p.devices} device{'s' * (p.devices > 1)} with {known} of memory each"
+    if p.sequence_parallel > 1:
+        who += f", {p.sequence_parallel} to a row"
+    lines = [f"{p.model}: {trained} in {p.settings.dtype}, {who}", ""]
     for each in p.stages:
         s, step = each.stage, each.step
         theta = f"theta {s.theta:.0f}" if s.theta is not None else s.method or "theta as it is"
+        where = "a device" if step.ring == 1 else f"{step.ring} devices, {step.length:,} tokens each"
         lines.append(
-            f"stage {s.name}: {s.length:,} tokens, {theta}; {s.steps} steps of {s.rows} rows, {step.rows} at a time on a device: "
+            f"stage {s.name}: {s.length:,} tokens, {theta}; {s.steps} steps of {s.rows} rows, {step.rows} at a time on {where}: "
             f"{s.tokens:,} tokens"
         )
         alive = each.peak.parts

@@ -79,6 +79,28 @@ class Stage:
         """Of all its steps."""
         return self.steps * self.rows * self.length
 
+    def shares(self, teams: int, size: int = 1) -> tuple[int, int]:
+        """(rows of a step that one of so many teams computes, how many of them at a time).
+
+        Args:
+            size: processes of a team, which share each row.
+
+        Raises:
+            StagesError: rows that can't be shared out evenly.
+        """
+        if self.rows % teams:
+            who = "processes" if size == 1 else f"teams of {size} processes"
+            raise StagesError(
+                f"stage {self.name}: expected batch_size * accumulation to be a multiple of {teams} {who}, got "
+                f"{self.batch_size} * {self.accumulation}"
+            )
+        share, at_once = self.rows // teams, self.rows_at_once or max(1, self.batch_size // teams)
+        if share % at_once:
+            raise StagesError(
+                f"stage {self.name}: rows_at_once: expected a divisor of the {share} rows that a device computes in a step, got {at_once}"
+            )
+        return share, at_once
+
 
 @dataclass(frozen=True)
 class Lora:
