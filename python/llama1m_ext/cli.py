@@ -135,6 +135,42 @@ def bench_decode(
     _write_report(decode.run(plan), json_file, plot)
 
 
+@bench.command("ring")
+def bench_ring(
+    nodes: Annotated[str, typer.Option(help="Nodes x ranks of each: network namespaces, and processes.")] = "4x2",
+    rails: Annotated[int, typer.Option(min=1, help="Links of a node to other nodes.")] = 2,
+    inter: Annotated[
+        str, typer.Option(help="What a link carries, comma-separated: bits (Mb, Gb) or bytes (MB, GB).")
+    ] = "1Gb,300Mb,100Mb,30Mb",
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the sequence.")] = 8192,
+    heads: Annotated[str, typer.Option(help="q_heads x kv_heads x head_dim.")] = "32x8x128",
+    dtype: Annotated[str, typer.Option(help="bf16, f32 or f16.")] = "bf16",
+    backward: Annotated[bool, typer.Option("--backward", help="The backward pass, too.")] = False,
+    rounds: Rounds = 3,
+    quick: Quick = False,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+) -> None:
+    """Ring attention as links between nodes slow down: the planner's layout beside others (Linux, network namespaces)."""
+    from llama1m_ext.bench import namespaces, ring
+
+    try:
+        plan = ring.plan(nodes, rails, inter, length, heads, dtype, backward, rounds, quick)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    try:
+        report = ring.run(plan)
+    except namespaces.Unavailable as error:
+        print(f"this machine can't make nodes of network namespaces: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    write_json(json_file, report)
+    if plot is not None:
+        from llama1m_ext.bench.ring_plot import draw
+
+        draw(report, plot)
+        print(f"wrote {plot}", file=sys.stderr)
+
+
 @bench.command("kv")
 def bench_kv(
     formats: Annotated[str, typer.Option(help="KV formats, comma-separated, model first.")] = (
