@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,13 +17,19 @@ CARD = "# --- the model card ---\n"
 WORDS = {"01_pipeline.py": [], "02_generate.py": [], "03_ops.py": ["3000"], "05_ask_a_book.py": ["2048"]}
 
 
-def run(script: str, *words: str) -> str:
+# The same, for those that torchrun starts.
+OVER_PROCESSES = {"10_several_processes.py": ["1024"], "11_train_over_processes.py": ["300"]}
+
+
+def run(script: str, *words: str, processes: int = 1) -> str:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     answer = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *words],
+        [*(start if processes > 1 else start[:1]), str(EXAMPLES / script), *words],
         capture_output=True,
         encoding="utf-8",
         timeout=240,
         cwd=EXAMPLES,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"} if processes > 1 else None,
     )
     assert answer.returncode == 0, answer.stderr
     return answer.stdout
@@ -30,7 +37,7 @@ def run(script: str, *words: str) -> str:
 
 def test_every_numbered_example_is_run_here():
     scripts = {path.name for path in EXAMPLES.glob("[0-9]*.py")}
-    assert scripts == set(WORDS)
+    assert scripts == {*WORDS, *OVER_PROCESSES}
     assert {path.name for path in EXAMPLES.glob("*.ipynb")} == set(NOTEBOOKS)
 
 
@@ -47,6 +54,22 @@ def test_script(script):
         )
         assert computed < 3000 < 15_000 < reused
         assert "1 prompt was kept" in out
+
+
+def test_several_processes_answer_alike():
+    out = run("10_several_processes.py", "1024", processes=2)
+    found = re.findall(r"^rank (\d) of 2, ([\d.]+) MiB sent: (.*) \(it is (\d+)\)$", out, re.MULTILINE)
+    assert sorted(rank for rank, *_ in found) == ["0", "1"], out
+    (said,), (value,) = {text for _, _, text, _ in found}, {value for *_, value in found}
+    assert value in said and all(float(sent) > 0.1 for _, sent, _, _ in found), out
+
+
+def test_several_processes_train_as_one():
+    one, two = (run("11_train_over_processes.py", "300", processes=n) for n in (1, 2))
+    losses = [[float(n) for n in re.findall(r"loss ([\d.]+)", out)] for out in (one, two)]
+    norms = [[float(n) for n in re.findall(r"norm ([\d.]+)", out)] for out in (one, two)]
+    assert len(losses[0]) == 8 and losses[0][-1] < losses[0][0] - 0.1
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3) and norms[1] == pytest.approx(norms[0], rel=1e-2)
 
 
 # What each notebook prints at 2048 tokens. A notebook that is not named here fails the first test.

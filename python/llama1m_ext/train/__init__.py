@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cross_entropy import linear_cross_entropy
     from .forward import Trainee, loss
+    from .layer import How
     from .loop import Result, Step, extend
     from .planning import TrainingPlan, plan
     from .signals import Interrupted
     from .stages import Lora, Run, Settings, Stage, StagesError
 
 _FROM = {
+    "How": "layer",
     "Interrupted": "signals",
     "Lora": "stages",
     "Result": "loop",
@@ -30,6 +32,7 @@ _FROM = {
     "TrainingPlan": "planning",
 }
 __all__ = [
+    "How",
     "Interrupted",
     "Lora",
     "Result",
