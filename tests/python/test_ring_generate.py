@@ -36,8 +36,8 @@ def three() -> Iterator[Crew]:
 
 
 @pytest.fixture(scope="module")
-def four() -> Iterator[Crew]:
-    made = Crew(4)
+def eight() -> Iterator[Crew]:
+    made = Crew(8)
     yield made
     made.close()
 
@@ -126,17 +126,27 @@ def test_pages_on_the_disk(three, tmp_path):
     judged(three, 2, Talk(turns=(700, 1, 90, 1), keep=1, options={**SPREAD_OUT, **more}))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "layout", [{}, {"sharding": "striped", "outer": 2}, {"sharding": "contiguous", "inner": 2, "outer": 2}]
+    ("ranks", "layout"),
+    [
+        (8, {"outer": 2}),
+        (4, {}),
+        (4, {"sharding": "striped", "outer": 2}),
+        (4, {"sharding": "contiguous", "inner": 2, "outer": 2}),
+        (8, {}),
+        (8, {"sharding": "striped", "inner": 2, "outer": 4}),
+        (7, {}),
+    ],
 )
-def test_four_ranks(four, layout):
+def test_many_ranks(eight, ranks, layout):
     for talk in (Talk(turns=(3, 2, 1)), Talk(turns=(130, 1, 60, 1, 1), batch=2, pads=(0, 70), keep=1)):
-        judged(four, 4, replace(talk, layout=layout, options=SPREAD_OUT))
+        judged(eight, ranks, replace(talk, layout=layout, options=SPREAD_OUT))
+    ask = Ask(batch=2, pads=(5, 0), layout=layout, options=SPREAD_OUT, more={"max_new_tokens": 6, "do_sample": True})
+    expected = ring_models.answered(None, ask)
+    assert all(torch.equal(made, expected) for made in eight.run(ranks, ring_models.answered, ask))
 
 
-@pytest.mark.slow
-def test_random_conversations(four):
+def test_random_conversations(eight):
     rng = random.Random(5)
     for _ in range(25):
         batch = rng.choice([1, 1, 2, 3])
@@ -154,7 +164,7 @@ def test_random_conversations(four):
                 "page_size": rng.choice([16, "auto"]),
             },
         )
-        judged(four, rng.randint(2, 4), talk)
+        judged(eight, rng.randint(2, 8), talk)
 
 
 # -- generate ------------------------------------------------------------------------------------------------------------
