@@ -123,7 +123,7 @@ fn blocks_that_steps_use_have_come() {
         let steps: Vec<_> = (0..ring.ranks()).map(|rank| ring.steps(rank).unwrap()).collect();
         // What lies in a rank's letter box: (rank, step it is for) -> (source, sender).
         let mut mail = HashMap::new();
-        let mut sent = vec![0u64; ring.ranks() as usize];
+        let mut sent = vec![(0u64, 0u64); ring.ranks() as usize];
         for t in 0..ring.ranks() as usize {
             for rank in 0..ring.ranks() {
                 let step = &steps[rank as usize][t];
@@ -137,7 +137,9 @@ fn blocks_that_steps_use_have_come() {
                     if let Some(to) = to {
                         assert!(here && to != rank);
                         assert!(mail.insert((to, t as u64 + when), (step.source, rank)).is_none());
-                        sent[rank as usize] += ring.tokens(step.source);
+                        let (tokens, groups) = &mut sent[rank as usize];
+                        *tokens += ring.tokens(step.source);
+                        *groups += (0..ring.tokens(step.source)).step_by(64).count() as u64;
                     }
                 }
                 // The last of a lap that has a block uses it: nothing travels for nothing.
@@ -147,9 +149,10 @@ fn blocks_that_steps_use_have_come() {
             }
         }
         assert!(mail.is_empty());
-        let bytes = ring.sent(inner, TokenBytes { kv: 6, gradients: 0 }).unwrap();
-        for (rank, tokens) in sent.iter().enumerate() {
-            assert_eq!(bytes[rank].forward_within + bytes[rank].forward_across, u128::from(*tokens) * 6);
+        let bytes = ring.sent(inner, TokenBytes { kv: 6, kv_group: 1000, gradients: 0 }).unwrap();
+        for (rank, (tokens, groups)) in sent.iter().enumerate() {
+            let expected = u128::from(*tokens) * 6 + u128::from(*groups) * 1000;
+            assert_eq!(bytes[rank].forward_within + bytes[rank].forward_across, expected);
         }
     });
 }
@@ -208,7 +211,7 @@ fn gradients_come_home_whole() {
             expected.sort_unstable();
             assert_eq!(home, expected, "{ring:?} rank {rank}");
         }
-        let sent = ring.sent(3, TokenBytes { kv: 4, gradients: 10 }).unwrap();
+        let sent = ring.sent(3, TokenBytes { kv: 4, gradients: 10, ..Default::default() }).unwrap();
         for (s, b) in sent.iter().zip(bytes) {
             assert_eq!((s.backward_within - s.forward_within, s.backward_across - s.forward_across), b);
         }
@@ -217,7 +220,7 @@ fn gradients_come_home_whole() {
 
 #[test]
 fn full_rings_send_what_the_papers_say() {
-    let bytes = TokenBytes { kv: 4096, gradients: 8192 };
+    let bytes = TokenBytes { kv: 4096, gradients: 8192, ..Default::default() };
     for (inner, outer) in [(8, 1), (1, 8), (4, 2), (2, 4)] {
         let ring = Ring::new(Sharding::Zigzag, 1 << 20, inner, outer, true, vec![0]).unwrap();
         let block = u128::from((1u64 << 20) / 8);
@@ -236,7 +239,7 @@ fn full_rings_send_what_the_papers_say() {
 fn a_causal_ring_of_contiguous_shards_sends_half() {
     let sent = |causal| -> u128 {
         let ring = Ring::new(Sharding::Contiguous, 1 << 16, 16, 1, causal, vec![0]).unwrap();
-        ring.sent(16, TokenBytes { kv: 1, gradients: 0 }).unwrap().iter().map(|s| s.forward_within).sum()
+        ring.sent(16, TokenBytes { kv: 1, ..Default::default() }).unwrap().iter().map(|s| s.forward_within).sum()
     };
     assert_eq!(2 * sent(true), sent(false));
 }
@@ -270,7 +273,7 @@ fn the_longest_sequences_do_not_overflow() {
             for rank in [0, ranks / 2, ranks - 1] {
                 assert_eq!(pairs(rank), work(sharding, MAX_LENGTH, ranks, rank, true, &[0]).unwrap());
             }
-            let most = TokenBytes { kv: u64::MAX, gradients: u64::MAX };
+            let most = TokenBytes { kv: u64::MAX, kv_group: u64::MAX, gradients: u64::MAX };
             assert_eq!(ring.sent(8, most).unwrap().len() as u64, ranks);
         }
     }
@@ -317,6 +320,6 @@ fn errors_name_the_value() {
     assert_eq!(text(packed(Sharding::Striped).unwrap_err()), says);
     assert_eq!(text(balance(Sharding::Striped, 1 << 20, 4096, true, &many).unwrap_err()), says);
     packed(Sharding::Zigzag).unwrap();
-    let bytes = TokenBytes { kv: 1, gradients: 1 };
+    let bytes = TokenBytes { kv: 1, ..Default::default() };
     assert!(text(ring(2, 2).unwrap().sent(0, bytes).unwrap_err()).starts_with("per_node: expected"));
 }

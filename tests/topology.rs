@@ -141,7 +141,7 @@ fn bytes_are_those_of_the_schedule() {
             let per_node = (gpus / heads).max(1);
             let ring = Ring::new(Sharding::Zigzag, w.length, inner, outer, true, vec![0]).unwrap();
             let held = (8.0 * found.replication) as u64;
-            let bytes = TokenBytes { kv: 2 * held * 128 * 2, gradients: 2 * held * 128 * 4 };
+            let bytes = TokenBytes { kv: 2 * held * 128 * 2, gradients: 2 * held * 128 * 4, ..Default::default() };
             let sent = ring.sent(per_node, bytes).unwrap();
             let total = |of: fn(&llama1m_ext::ring::Sent) -> u128| sent.iter().map(of).sum::<u128>();
             let forward = (total(|s| s.forward_within), total(|s| s.forward_across));

@@ -172,6 +172,7 @@ def ring_bytes(
     *,
     per_node: int,
     kv_bytes: int,
+    kv_group_bytes: int | None = None,
     gradient_bytes: int | None = None,
     causal: bool = True,
     documents: Sequence[int] | None = None,
@@ -181,7 +182,8 @@ def ring_bytes(
     Args:
         per_node: ranks `n * per_node` to `(n + 1) * per_node - 1` are on node n.
         kv_bytes: of a token's keys and values together.
-        gradient_bytes: of their gradients; default 0.
+        kv_group_bytes: what each 64 tokens of a block take beside that, the last ones rounded up (compact keys); default 0.
+        gradient_bytes: of a token's gradients; default 0.
 
     Returns:
         For each rank `(forward_within, forward_across, backward_within, backward_across)`: to ranks of its node and to other nodes;

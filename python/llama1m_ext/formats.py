@@ -74,13 +74,13 @@ class KvFormat:
     v: Name
 
     @classmethod
-    def parse(cls, spec: str) -> KvFormat:
-        """From `"int8"` (both), `"int8/int4"` (K/V), or `"k8v4"` (16, 8, 4 and f8 bits).
+    def parse(cls, spec: str, name: str = "kv") -> KvFormat:
+        """From `"int8"` (both), `"int8/int4"` (K/V), or `"k8v4"` (16, 8, 4 and f8 bits). `name`: of the option, in errors.
 
         Raises:
             TypeError, ValueError: something else; the message lists what there is.
         """
-        expected = f'kv: expected one of {", ".join(NAMES)}, K and V apart as "int8/int4" or "k8v4"'
+        expected = f'{name}: expected one of {", ".join(NAMES)}, K and V apart as "int8/int4" or "k8v4"'
         if not isinstance(spec, str):
             raise TypeError(f"{expected}, got {spec!r}")
         k, _, v = spec.partition("/")
@@ -105,10 +105,18 @@ class KvFormat:
 
     def token_bytes(self, kv_heads: int, head_dim: int, element_size: int) -> float:
         """Bytes that one token of one layer takes, scales included. `element_size`: of the model's dtype."""
-        params = 2 * 2 / GROUP  # a scale and an offset of float16 for 64 elements
-        size = {"int8": 1 + params, "int4": 0.5 + params, "fp8": 1 + params}
-        each = {name: width(head_dim) * size[name] for name in size} | {"model": head_dim * element_size}
-        return kv_heads * (each[self.k] + each[self.v])
+        token, group = self.block_bytes(kv_heads, head_dim, element_size)
+        return token + group / GROUP
+
+    def block_bytes(self, kv_heads: int, head_dim: int, element_size: int) -> tuple[int, int]:
+        """Bytes of each token of a page, and beside that of each 64 tokens that it begins, whose compact keys come together."""
+        wide, dense = width(head_dim), head_dim * element_size
+        row = {"int8": wide, "int4": wide // 2, "fp8": wide}
+        params = 2 * 2 * wide // GROUP  # a scale and an offset of float16 for 64 elements
+        token = dense if self.v == "model" else row[self.v] + params
+        if self.k == "model":
+            return kv_heads * (dense + token), 0
+        return kv_heads * token, kv_heads * GROUP * (row[self.k] + params)
 
 
 MODEL = KvFormat("model", "model")

@@ -53,6 +53,7 @@ class Work:
         gpu: whether it runs on a GPU: its kernels have other workspaces, and room in pages is memory.
         ranks: processes that share it. All numbers are those of one of them, then, but
         whole: tokens of the prompt of all ranks, in each row.
+        kv_format: in which blocks of keys and values travel between ranks.
     """
 
     tokens: int
@@ -67,6 +68,7 @@ class Work:
     gpu: bool = False
     ranks: int = 1
     whole: int = 0
+    kv_format: str = "model"
 
     @property
     def prompt(self) -> int:
@@ -224,9 +226,14 @@ def ring_bytes(shape: Shape, work: Work) -> int:
     """Of one layer of a prompt that ranks share (`ring.prefill`)."""
     if work.ranks < 2:
         return 0
-    rows, e = work.batch * work.tokens, shape.size
-    # Queries; keys and values: this rank's own, those at hand, those on their way; results and log-sum-exps of all queries.
-    held = rows * (shape.q_dim * e + 6 * shape.kv_dim * e + shape.q_dim * 4 + shape.heads * 8)
+    from .formats import KvFormat
+
+    rows, e, dense = work.batch * work.tokens, shape.size, 2 * shape.kv_dim * shape.size
+    # Keys and values: this rank's own, those at hand, those on their way; compact ones at hand are there as they came, too.
+    form = KvFormat.parse(work.kv_format)
+    blocks = 3 * dense if form.is_model else 2 * (dense + int(form.token_bytes(shape.kv_heads, shape.head_dim, e)))
+    # Queries; results and log-sum-exps of all of them.
+    held = rows * (shape.q_dim * e + blocks + shape.q_dim * 4 + shape.heads * 8)
     return held + 2 * work.batch * min(work.tokens, RING_ROWS) * shape.q_dim * 4
 
 

@@ -192,7 +192,8 @@ def _reckoned(
         gpu=device is not None and device.type == "cuda",
     )
     if call.ring is not None and call.ring.sharded:
-        work = dataclasses.replace(work, ranks=call.ring.layout.world_size, whole=call.ring.total - call.past_len)
+        layout, prompt = call.ring.layout, call.ring.total - call.past_len
+        work = dataclasses.replace(work, ranks=layout.world_size, whole=prompt, kv_format=layout.kv_format.name)
     used = shape.weight_bytes  # by arithmetic, here and in the plan: what is free now has those that stay off already
     mine = [layer for layer in call.layers if device is None or device_of(layer, device) == device]
     shape = dataclasses.replace(shape, brought=brought_bytes(mine, work.gpu), unpacked=unpacked_bytes(mine))

@@ -112,7 +112,7 @@ pub fn ring_gradients(
 
 /// Bytes that each rank sends.
 #[pyfunction]
-#[pyo3(signature = (sharding, length, inner, outer, *, per_node, kv_bytes, gradient_bytes=None, causal=true, documents=None))]
+#[pyo3(signature = (sharding, length, inner, outer, *, per_node, kv_bytes, kv_group_bytes=None, gradient_bytes=None, causal=true, documents=None))]
 #[allow(clippy::too_many_arguments)] // Python's keywords
 pub fn ring_bytes(
     py: Python<'_>,
@@ -122,15 +122,18 @@ pub fn ring_bytes(
     outer: &Bound<'_, PyAny>,
     per_node: &Bound<'_, PyAny>,
     kv_bytes: &Bound<'_, PyAny>,
+    kv_group_bytes: Option<&Bound<'_, PyAny>>,
     gradient_bytes: Option<&Bound<'_, PyAny>>,
     causal: bool,
     documents: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Vec<(u128, u128, u128, u128)>> {
     let ring = ring_of(sharding, length, inner, outer, causal, documents)?;
     let per_node = count("per_node", per_node)?;
+    let given = |name, value: Option<&Bound<'_, PyAny>>| value.map_or(Ok(0), |n| count(name, n));
     let bytes = TokenBytes {
         kv: count("kv_bytes", kv_bytes)?,
-        gradients: gradient_bytes.map_or(Ok(0), |n| count("gradient_bytes", n))?,
+        kv_group: given("kv_group_bytes", kv_group_bytes)?,
+        gradients: given("gradient_bytes", gradient_bytes)?,
     };
     let sent = py.detach(|| ring.sent(per_node, bytes)).map_err(raise)?;
     Ok(sent.iter().map(|s| (s.forward_within, s.forward_across, s.backward_within, s.backward_across)).collect())

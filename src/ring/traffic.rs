@@ -2,14 +2,25 @@
 
 use super::schedule::Ring;
 use crate::error::{Error, Result};
+use crate::quant::GROUP;
 
 /// Bytes of a token on the way.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct TokenBytes {
-    /// Its keys and values.
+    /// Its keys and values, as far as they are its alone.
     pub kv: u64,
-    /// Gradients of both.
+    /// What each [`GROUP`] tokens of a block have together, the last ones rounded up: compact keys.
+    pub kv_group: u64,
+    /// Gradients of keys and values.
     pub gradients: u64,
+}
+
+impl TokenBytes {
+    /// Keys and values of a block: at most 2^40 tokens x 2^65 bytes.
+    fn of_block(&self, tokens: u64) -> u128 {
+        let groups = tokens.div_ceil(GROUP as u64);
+        u128::from(tokens) * u128::from(self.kv) + u128::from(groups) * u128::from(self.kv_group)
+    }
 }
 
 /// Bytes that one rank sends.
@@ -46,8 +57,8 @@ impl Ring {
             *b += backward;
         };
         for source in 0..self.ranks() {
-            // At most 2^40 tokens x 2^64 bytes x 2^13 messages.
-            let kv = u128::from(self.tokens(source)) * u128::from(bytes.kv);
+            // At most 2^105 bytes x 2^13 messages.
+            let kv = bytes.of_block(self.tokens(source));
             let gradients = u128::from(self.tokens(source)) * u128::from(bytes.gradients);
             for (lap, reach) in (0..).zip(self.reaches(source)).filter(|(_, reach)| reach.here) {
                 let at = |turn: u64| self.moved(source, lap, turn as i64);

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama1m_ext import _core, ops
+from llama1m_ext.formats import KvFormat, Page, empty
 from llama1m_ext.ring import Layout, predicted, ring_attention
 
 
@@ -29,6 +31,14 @@ class Case:
     start: tuple[int, ...] | None = None
     end: tuple[int, ...] | None = None
     seed: int = 0
+
+    @property
+    def kv_format(self) -> KvFormat:
+        return KvFormat.parse(self.layout.get("kv_format", "model"))
+
+    @property
+    def ring_size(self) -> int:
+        return self.ranks // self.layout.get("heads", 1)
 
     def inputs(self) -> list[Tensor]:
         """q, k, v, the gradients of out and lse: whole, rounded to the dtype."""
@@ -103,12 +113,42 @@ def whole(case: Case, answers: list[dict[str, Any]]) -> list[Tensor]:
     return made
 
 
+def compacted(form: KvFormat, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left of keys and values in a format, in their dtype."""
+    if form.is_model or not k.shape[2]:
+        return k, v
+    shape = tuple(k.shape)
+    page = Page(empty(form.k, "k", shape, k), empty(form.v, "v", shape, v))
+    ops.kv_append(k, v, page, 0)
+    return ops.kv_read(page, 0, shape[2], shape[3], k.dtype)
+
+
+def on_their_way(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values as ranks that don't hold them see them; and the ring rank of each position."""
+    _, k, v, _, _ = case.inputs()
+    seen_k, seen_v, owner = k.clone(), v.clone(), torch.zeros(case.length, dtype=torch.int64)
+    for rank in range(case.ring_size):
+        runs = _core.ring_shard(case.layout.get("sharding", "zigzag"), case.length, case.ring_size, rank)
+        places = torch.tensor([p for run in runs for p in range(*run)], dtype=torch.int64)
+        owner[places] = rank
+        seen_k[:, :, places], seen_v[:, :, places] = compacted(case.kv_format, k[:, :, places], v[:, :, places])
+    return seen_k, seen_v, owner
+
+
 def by_torch(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """The same by torch, in one process."""
+    """The same by torch, in one process. In a compact format: over all keys twice, as they are for their rank's own queries and as
+    the others see them, whose gradients are given to what they were made from."""
     *tensors, grad, grad_lse = case.inputs()
     q, k, v = (t.to(dtype).requires_grad_() for t in tensors)
     group, seen = case.q_heads // case.kv_heads, case.seen()
-    keys, values = (t.repeat_interleave(group, 1) for t in (k, v))
+    every_k, every_v = k, v
+    if not case.kv_format.is_model:
+        *theirs, owner = on_their_way(case)
+        straight_k, straight_v = (t.to(dtype) + (o - o.detach()) for t, o in zip(theirs, (k, v), strict=True))
+        every_k, every_v = torch.cat([k, straight_k], 2), torch.cat([v, straight_v], 2)
+        own = owner[:, None] == owner
+        seen = torch.cat([seen & own, seen & ~own], -1)
+    keys, values = (t.repeat_interleave(group, 1) for t in (every_k, every_v))
     dead = ~seen.any(-1)
     mask = (seen | dead[..., None]).expand(-1, case.q_heads, -1, -1)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale

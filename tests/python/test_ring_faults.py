@@ -31,6 +31,7 @@ def three() -> Iterator[Crew]:
         ({}, {}, {"kv_heads": 4}, "kv_heads: 4 on rank 1; 2 on ranks 0, 2"),
         ({"sharding": "striped"}, {}, {}, "sharding: 'striped' on rank 1; 'zigzag' on ranks 0, 2"),
         ({"outer": 3}, {}, {}, "inner: 1 on rank 1; 3 on ranks 0, 2"),
+        ({"kv_format": "int8"}, {}, {}, "kv_format: 'int8' on rank 1; 'model' on ranks 0, 2"),
     ],
 )
 def test_ranks_that_differ(three, layouts, calls, shapes, said):

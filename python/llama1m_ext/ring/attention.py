@@ -33,8 +33,8 @@ def ring_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention over a sequence of which each rank holds a shard; all ranks of the layout call it.
 
-    Queries stay where they are; blocks of keys and values travel around the ring in q's dtype, kv heads not repeated, and no
-    farther than some query sees them. Partials are merged in float32. In the backward pass blocks travel again, their
+    Queries stay where they are; blocks of keys and values travel around the ring in q's dtype (or compact: the layout's
+    `kv_format`), kv heads not repeated, and no farther than some query sees them. Partials are merged in float32. In the backward pass blocks travel again, their
     gradients follow them in float32 and end where the block began. The same bits in every run.
 
     Args:

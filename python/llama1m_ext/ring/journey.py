@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
+from ..formats import Page
+from . import wire
 from .blocks import Sums
 from .layout import Layout
 from .schedule import Schedule, Step
@@ -18,42 +19,43 @@ __all__ = ["Homeward", "blocks"]
 def blocks(
     layout: Layout, plan: Schedule, k: Tensor, v: Tensor, what: str
 ) -> Iterator[tuple[Step, tuple[Tensor, Tensor] | None]]:
-    """The steps of a rank, each with the keys and values at hand, `[batch, kv_heads, tokens, head_dim]` (None: none came).
+    """The steps of a rank, each with the keys and values to compute on, `[batch, kv_heads, tokens, head_dim]` (None: no queries
+    here see any).
 
-    Messages of a step start before the caller computes on its block, and are waited for when it asks for the next step.
+    Messages of a step start before the caller computes on its block, and are waited for when it asks for the next step. Blocks
+    travel in the layout's `kv_format`; this rank's own is as it was given.
 
     Args:
-        k, v: this rank's own, `[batch, kv_heads, n, head_dim]`, in the dtype that they are sent in.
+        k, v: this rank's own, `[batch, kv_heads, n, head_dim]`.
         what: said in errors.
 
     Raises:
         LinkError: a rank is silent.
     """
     batch, heads, _, head_dim = k.shape
-    packed = torch.stack((k, v)) if plan.steps[0].inner_to is not None or plan.steps[0].outer_to is not None else None
+    form, travels = layout.kv_format, plan.steps[0].inner_to is not None or plan.steps[0].outer_to is not None
+    page = wire.leaving(form, k, v) if travels else None
     # Blocks that are on their way here, by the step that they are for.
-    coming: dict[int, Tensor] = {}
+    coming: dict[int, Page] = {}
     under_way: dict[int, list[Exchange]] = {}
     for step in plan.steps:
         for messages in under_way.pop(step.step, ()):
             messages.wait()
         if step.step > 0:
-            packed = coming.pop(step.step, None)
+            page = coming.pop(step.step, None)
         lap_begins = step.step % plan.inner == 0
         for ahead, to, is_outer in ((1, step.inner_to, False), (plan.inner, step.outer_to, True)):
             target = step.step + ahead
             if (is_outer and not lap_begins) or (not is_outer and (target % plan.inner == 0)):
                 continue
             later = plan.steps[target] if target < len(plan.steps) else None
-            receives = []
+            sends, receives = list[tuple[Tensor, int]](), list[tuple[Tensor, int]]()
             if later is not None and later.receive_from is not None:
-                shape = (2, batch, heads, plan.lengths[later.source], head_dim)
-                coming[target] = torch.empty(shape, dtype=k.dtype, device=k.device)
-                receives.append((coming[target], layout.rank_of(later.receive_from)))
-            sends = []
+                coming[target] = wire.room(form, (batch, heads, plan.lengths[later.source], head_dim), k)
+                receives += [(t, layout.rank_of(later.receive_from)) for t in coming[target].tensors().values()]
             if to is not None:
-                assert packed is not None
-                sends.append((packed, layout.rank_of(to)))
+                assert page is not None
+                sends += [(t, layout.rank_of(to)) for t in page.tensors().values()]
             if sends or receives:
                 said = f"{what}, step {step.step + 1} of {len(plan.steps)}, keys and values"
                 sent = layout.links.exchange(sends, receives, said, lane=int(is_outer))
@@ -62,7 +64,7 @@ def blocks(
         if step.step == 0:
             yield step, (k, v)
         else:
-            yield step, None if packed is None else (packed[0], packed[1])
+            yield step, wire.arrived(page, head_dim, k.dtype) if page is not None and step.pieces else None
     for messages in under_way.pop(len(plan.steps), ()):
         messages.wait()
 

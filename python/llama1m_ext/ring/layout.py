@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _core
+from ..formats import KvFormat
 from .heads import HeadGroup
 from .runs import size
 from .transfer import Links
@@ -33,6 +34,12 @@ class Layout:
         inner: ranks of the inner ring; None: all that heads and outer leave.
         outer: ranks of the outer ring, across nodes (double ring: LoongTrain, 2406.18485).
         ranks_per_node: which links are within a node: those between ranks with the same `rank // ranks_per_node`; None: `heads * inner`.
+        kv_format: in which format blocks of keys and values travel around the ring: "model" (their own dtype), or a compact one
+            that is an option of caches as well: "int8", "fp8", "int4", K and V apart as "int8/int4" (`formats`). It is then the
+            block's rank that makes it compact, once, and that computes on what it had itself: what doesn't travel is not
+            rounded. A query sees the numbers of a compact cache for other ranks' keys, which is never worse than for all.
+            Gradients travel in float32; those of compact keys and values are given to what they were made from. Messages
+            between ranks that share heads stay in the model's dtype.
         timeout: seconds that a silent rank is waited for, on CPUs; None: as long as torch's default for gloo, 1800. On GPUs it is the
             process group's own.
 
@@ -42,7 +49,8 @@ class Layout:
         links: counts the bytes sent (`links.sent`).
 
     Raises:
-        ValueError: numbers that don't multiply to the group's size, an unknown sharding; or this rank is not in the group.
+        TypeError, ValueError: numbers that don't multiply to the group's size, an unknown sharding or format; or this rank is not in
+            the group.
         RuntimeError: torch.distributed is not initialised, and a group is needed.
     """
 
@@ -55,6 +63,7 @@ class Layout:
         inner: int | None = None,
         outer: int = 1,
         ranks_per_node: int | None = None,
+        kv_format: str = "model",
         timeout: float | None = None,
     ) -> None:
         if sharding not in SHARDINGS:
@@ -76,6 +85,7 @@ class Layout:
             )
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
+        self.kv_format = KvFormat.parse(kv_format, "kv_format")
         self.group, self.sharding = group, sharding
         self.heads, self.inner, self.outer = heads, inner, outer
         self.rank, self.world_size = rank, world_size
@@ -108,13 +118,13 @@ class Layout:
     def __repr__(self) -> str:
         return (
             f"Layout(sharding={self.sharding!r}, heads={self.heads}, inner={self.inner}, outer={self.outer}, "
-            f"ranks_per_node={self.ranks_per_node}, rank={self.rank} of {self.world_size})"
+            f"ranks_per_node={self.ranks_per_node}, kv_format={self.kv_format.name!r}, rank={self.rank} of {self.world_size})"
         )
 
     def same(self) -> dict[str, object]:
         """What must be the same on all ranks, by name."""
         names = ("sharding", "heads", "inner", "outer", "ranks_per_node", "world_size")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "kv_format": self.kv_format.name}
 
     def kind(self, a: int, b: int) -> str:
         """The kind of the link between two ranks: "within" a node or "across" nodes."""

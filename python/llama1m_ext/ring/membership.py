@@ -29,6 +29,7 @@ def distributed(
     inner: int | None = None,
     outer: int = 1,
     ranks_per_node: int | None = None,
+    kv_format: str = "model",
     timeout: float | None = None,
 ) -> Layout:
     """From now on the ranks of a process group run a model together: each holds the whole model and a share of every context.
@@ -42,7 +43,7 @@ def distributed(
         group: the process group: gloo for models on CPUs, NCCL for those on GPUs ("cpu:gloo,cuda:nccl" is best), where each process has
             a GPU of its own (`device_map={"": int(os.environ["LOCAL_RANK"])}`). None: the default one, which is made of what torchrun
             says where there is none.
-        sharding, inner, outer, ranks_per_node, timeout: as `Layout` takes them.
+        sharding, inner, outer, ranks_per_node, kv_format, timeout: as `Layout` takes them.
 
     Returns:
         The layout; `links.sent` counts the bytes that this rank sent.
@@ -54,7 +55,15 @@ def distributed(
     models = llama_models(model)
     if group is None and not (dist.is_available() and dist.is_initialized()):
         _join(timeout)
-    layout = Layout(group, sharding=sharding, inner=inner, outer=outer, ranks_per_node=ranks_per_node, timeout=timeout)
+    layout = Layout(
+        group,
+        sharding=sharding,
+        inner=inner,
+        outer=outer,
+        ranks_per_node=ranks_per_node,
+        kv_format=kv_format,
+        timeout=timeout,
+    )
     for inner_model in models:
         layout.check_device(inner_model.embed_tokens.weight.device)
     name = f"ring-{len(_layouts)}"

@@ -105,13 +105,15 @@ def predicted(
     own = torch.empty((), dtype=dtype).element_size()
     kv_share = max(1, kv_heads // layout.heads)
     row = 2 * batch * kv_share * head_dim  # of keys and values
+    token, group = layout.kv_format.block_bytes(batch * kv_share, head_dim, own)
     ring = _core.ring_bytes(
         layout.sharding,
         length,
         layout.inner,
         layout.outer,
         per_node=max(1, layout.ranks_per_node // layout.heads),
-        kv_bytes=row * own,
+        kv_bytes=token,
+        kv_group_bytes=group,
         gradient_bytes=row * 4,
         causal=causal,
         documents=None if documents is None else list(documents),
