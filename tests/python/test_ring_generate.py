@@ -108,6 +108,26 @@ def test_compact_formats(three, kv):
     assert [facts["format"] for facts in found] == [kv, kv]
 
 
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_prompts_whose_blocks_travel_compact(three, form):
+    """As good as one process that goes on with a cache of that format, whose first and newest tokens are as they were."""
+    shape = {"batch": 2, "pads": (0, 70), "model": {"head_dim": 64}}
+    talk = Talk(turns=(900, 1, 200), layout={"kv_format": form}, options=SPREAD_OUT, **shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        truth = ring_models.said(None, talk, truth=True)[0]
+    cache = ring_models.said(None, replace(talk, options={**SPREAD_OUT, "kv": form}))[0]
+    exact = ring_models.said(None, talk)[0]
+    bound = testing.error(cache[2], truth[2])
+    assert bound > 100 * testing.error(exact[2], truth[2])
+    answers = three.run(3, ring_models.said, talk)
+    for logits, facts in answers:
+        assert facts["format"] == "model" and facts["stats"].stock == {}
+        for ours, true, same in zip(logits, truth, answers[0][0], strict=True):
+            assert 0.05 * bound < testing.error(ours, true) <= 1.5 * bound, (testing.error(ours, true), bound)
+            assert torch.equal(ours, same)
+
+
 def test_auto_is_one_format_on_all_ranks(three):
     assert three.run(2, ring_models.formats) == [["int8", "int8"]] * 2
 
@@ -207,9 +227,10 @@ def test_greedy_tokens_in_bf16(three, kv):
 # -- what is sent ----------------------------------------------------------------------------------------------------------
 
 
-def test_bytes_sent(three):
+@pytest.mark.parametrize("form", ["model", "int8", "fp8/int4"])
+def test_bytes_sent(three, form):
     ranks, n, tokens, batch = 3, 100, 4, 2
-    talk = Talk(turns=(n, *[1] * tokens), batch=batch, keep=1, options=SPREAD_OUT)
+    talk = Talk(turns=(n, *[1] * tokens), batch=batch, keep=1, layout={"kv_format": form}, options=SPREAD_OUT)
     heads, kv_heads, head_dim, layers, hidden = 4, 2, 16, 2, 64
     partial = batch * heads * (head_dim + 1) * 4
     for rank, (_, facts) in enumerate(three.run(ranks, ring_models.said, talk)):
@@ -223,6 +244,7 @@ def test_bytes_sent(three):
             ring_rank=rank,
             ring_size=ranks,
             rank=rank,
+            kv_format=KvFormat.parse(form),
         )
         ring = predicted(layout, n, batch, heads, kv_heads, head_dim, torch.float32).forward.get("within", 0)
         # All layers but the last send blocks; that one the state of the last token, which rank 0 has, and partials, as each

@@ -36,7 +36,7 @@ def _one_thread(one_thread):
 SITUATIONS = [
     {"kv_heads": 4},
     {"batch": 2, "start": (0, 97), "dtype": torch.bfloat16},
-    {"documents": (0, 1, 70, 201), "kv_heads": 1, "head_dim": 24},
+    {"documents": (0, 1, 70, 120), "kv_heads": 1, "head_dim": 24},
     {"causal": False, "end": (150, 260), "batch": 2, "dtype": torch.float16},
     {"head_dim": 80},
     {"layout": {"sharding": "striped"}, "dtype": torch.bfloat16, "head_dim": 64},
@@ -45,12 +45,11 @@ SITUATIONS = [
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("form", FORMATS)
-def test_against_float64(eight, form, ranks):
+def test_against_float64(eight, ranks):
     """Shards that end within 64 tokens, at them, and one beyond."""
     cases = []
-    for i, how in enumerate(SITUATIONS):
-        layout = {"kv_format": form, **how.get("layout", {})}
+    for i, how in enumerate(SITUATIONS * 2):
+        layout = {"kv_format": FORMATS[(i + ranks) % 6], **how.get("layout", {})}
         length = ranks * (128, 129, 127, 150, 64)[i % 5] + i % 2
         cases.append(Case(ranks, length, seed=i, **{**how, "layout": layout}))
     for case, made in zip(cases, run(eight, cases), strict=True):
@@ -60,11 +59,9 @@ def test_against_float64(eight, form, ranks):
 @pytest.mark.parametrize(
     "layout",
     [
-        {"inner": 4, "outer": 2},
         {"inner": 2, "outer": 4, "ranks_per_node": 4},
         {"heads": 2, "inner": 2, "outer": 2},
         {"heads": 4, "outer": 2},
-        {"heads": 8},
     ],
 )
 def test_layers_of_parallelism(eight, layout):
@@ -79,11 +76,10 @@ def test_layers_of_parallelism(eight, layout):
 
 def test_short_and_uneven(eight):
     """Empty shards, and groups that no shard fills."""
-    for ranks in (2, 3, 8):
+    for ranks in (2, 8):
         cases = [
-            Case(ranks, n, {"sharding": sharding, "kv_format": ("int8", "int4", "fp8")[n % 3]}, seed=n)
-            for n in (0, 1, ranks - 1, ranks + 1, 64 * ranks - 1, 64 * ranks + 1)
-            for sharding in ("zigzag", "striped", "contiguous")
+            Case(ranks, n, {"sharding": ("zigzag", "striped", "contiguous")[i % 3], "kv_format": FORMATS[i]}, seed=n)
+            for i, n in enumerate((0, 1, ranks - 1, ranks + 1, 64 * ranks - 1, 64 * ranks + 1))
         ]
         for case, made in zip(cases, run(eight, cases), strict=True):
             if case.length:
@@ -101,8 +97,7 @@ def whole_cache(case: Case) -> list[torch.Tensor]:
     return [out, lse, *ops.attention_backward(grad, q, *dense, out, lse, grad_lse=grad_lse)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("form, dtype", [("int8", torch.float32), ("fp8", torch.bfloat16), ("int4", torch.bfloat16)])
 def test_no_worse_than_a_compact_cache(eight, form, dtype):
     """However many ranks there are: what a rank has itself it computes on as it is. One rank rounds nothing."""
     errors = {}
@@ -116,12 +111,10 @@ def test_no_worse_than_a_compact_cache(eight, form, dtype):
             assert all(torch.equal(a, b) for a, b in zip(made, exact, strict=True))
             bound = [testing.error(t, true) for t, true in zip(whole_cache(case), truth, strict=True)]
         errors[ranks] = [testing.error(ours, true) for ours, true in zip(made, truth, strict=True)]
-    print(form, dtype, dict(zip(NAMES, bound, strict=True)), errors)
     for ranks, of in errors.items():
         for name, mine, most in zip(NAMES, of, bound, strict=True):
             assert mine <= 1.02 * most, (name, ranks, mine, most)
-    # It can fail: more than one rank does round.
-    assert all(two > 1.5 * one for one, two in zip(errors[1], errors[2], strict=True)) or dtype == torch.bfloat16
+    assert all(two > 3 * one for one, two in zip(errors[1], errors[2], strict=True))  # which round
 
 
 def test_the_same_bits_in_every_run(eight):
@@ -168,10 +161,9 @@ def test_bytes_shrink(eight):
 
 @pytest.mark.parametrize("layout", [{}, {"heads": 2}, {"outer": 2, "sharding": "striped"}])
 def test_attention_of_a_training_step(eight, layout):
-    """`train.loss` over ranks whose blocks are compact: the same as `ring_attention`'s."""
+    """What `train.loss` asks for, from ranks whose blocks are compact: near what it is otherwise, and not the same."""
     answers = eight.run(4, ring_cases.of_training, {**layout, "kv_format": "int8"}, [[0, 300], [0, 300]], 3)
     exact = eight.run(4, ring_cases.of_training, layout, [[0, 300], [0, 300]], 3)
-    q, k, v, grad = (t[:, :, :300] for t in ring_cases.packed(2, 300, 3))
     for ours, plain in zip(answers, exact, strict=True):
         for made, true in zip(ours["results"], plain["results"], strict=True):
             assert 1e-4 < testing.error(made, true) < 0.02

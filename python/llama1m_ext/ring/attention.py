@@ -58,7 +58,8 @@ def ring_attention(
     Raises:
         agreement.DisagreementError: ranks differ in options, shapes, dtypes or versions, or one of them can't go on; on all
             ranks, before any work.
-        TypeError, ValueError: arguments that don't fit; likewise on all ranks, of these types where the fault is.
+        TypeError, ValueError, cuda.Missing: arguments that don't fit, a GPU that isn't served; likewise on all ranks, of these
+            types where the fault is.
         transfer.LinkError: a rank died or hangs; on every rank, within the layout's timeout.
     """
     layout = Layout() if layout is None else layout

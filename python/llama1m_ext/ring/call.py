@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import cuda, ops
 from . import agreement
 from .blocks import Bounds
 from .layout import Layout
@@ -78,7 +78,7 @@ def agreed(
             "kv_end": _told(end),
             "gradients": torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)),
         }
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, cuda.Missing) as e:
         problem, starts = e, None
     n = q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else -1
     lengths = _lengths(layout, same, n, problem, length is None or not isinstance(q, Tensor) or q.device.type == "cpu")
@@ -142,6 +142,8 @@ def _check(
         raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale!r}")
     layout.check_heads(q_heads, kv_heads)
     layout.check_device(q.device)
+    if cuda.serves(q):
+        cuda.check(q.device)
     if length is not None:
         if type(length) is not int or length < 0:
             raise ValueError(f"length: expected a whole number from 0 on, got {length!r}")

@@ -36,10 +36,11 @@ class Layout:
         ranks_per_node: which links are within a node: those between ranks with the same `rank // ranks_per_node`; None: `heads * inner`.
         kv_format: in which format blocks of keys and values travel around the ring: "model" (their own dtype), or a compact one
             that is an option of caches as well: "int8", "fp8", "int4", K and V apart as "int8/int4" (`formats`). It is then the
-            block's rank that makes it compact, once, and that computes on what it had itself: what doesn't travel is not
-            rounded. A query sees the numbers of a compact cache for other ranks' keys, which is never worse than for all.
-            Gradients travel in float32; those of compact keys and values are given to what they were made from. Messages
-            between ranks that share heads stay in the model's dtype.
+            rank that holds a block who makes it compact, and who computes on the block as it was: what doesn't travel is not
+            rounded, so that errors are those of a compact cache at most, however many ranks there are, and none on one. All
+            others see the same bits, in both passes. Gradients travel in float32; those of compact keys and values count as
+            gradients of what these were made from. Messages between ranks that share heads stay in the model's dtype.
+            Numbers that float16 can't hold (65504) become NaN, with the 64 that share their scale.
         timeout: seconds that a silent rank is waited for, on CPUs; None: as long as torch's default for gloo, 1800. On GPUs it is the
             process group's own.
 
