@@ -184,7 +184,7 @@ def test_random(eight, seeds):
     for of in cases.values():
         for at in range(0, len(of), 20):
             for case, made in zip(of[at : at + 20], run(eight, of[at : at + 20]), strict=True):
-                judge(case, made, 2.0)
+                judge(case, made, 2.5, 2e-8 if case.length > 8 else 2**-23)  # a dozen numbers may all be exact
 
 
 @pytest.mark.parametrize(
