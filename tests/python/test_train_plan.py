@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from crew import crew
 from llama1m_ext import DoesNotFit
+from llama1m_ext.plan_bytes import Peak
 from llama1m_ext.plan_shape import PRESETS, of_config
 from llama1m_ext.testing import tiny_config, tiny_model
 from llama1m_ext.train import Lora, Run, Stage, StagesError, plan
@@ -26,77 +32,104 @@ FIELDS = {
     "num_hidden_layers": 4,
     "vocab_size": 8000,
 }
-RUN = """
-import json, sys
-asked = json.loads(sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from llama1m_ext.testing import tiny_config
-from llama1m_ext.train.forward import Trainee, shift
-from llama1m_ext.train.kept import place
-from llama1m_ext.train.layer import How
-from llama1m_ext.train.models import load, trained
-from llama1m_ext.train.optimizer import Optimizer
-from llama1m_ext.train.stages import Settings, Stage
-from transformers import LlamaForCausalLM
-
-def memory(name):
-    for line in open("/proc/self/status"):
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-
-def make(fields):
-    torch.set_default_dtype(getattr(torch, asked["dtype"]))
-    model = LlamaForCausalLM(tiny_config(**fields))
-    torch.set_default_dtype(torch.float32)
-    return model.train()
-
-def run(model, lengths):
-    trainee, where = Trainee(model), place(None if asked["offload"] == "none" else asked["offload"])
-    optimizer = Optimizer(trained(model), Stage(2, 1))
-    how = How(asked["keep"], where, asked["chunk"])
-    for n in lengths:  # a short step first, after which the optimizer has its states
-        for _ in range(asked["passes"]):
-            ids = torch.randint(0, 100, (asked["rows"], n))
-            with torch.autocast("cpu", torch.bfloat16, enabled=asked["autocast"]):
-                loss = trainee(ids, shift(ids)[0], how=how, denominator=n, ce_chunk=asked["ce_chunk"])
-            loss.backward()
-            where.clear()
-        optimizer.clipped()
-        optimizer.step(1e-5)
-
-# What libraries load and keep when they are first used is no part of a step.
-run(make({**asked["fields"], "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 128}), [256])
-before = memory("VmRSS")
-model = make(asked["fields"])
-open("/proc/self/clear_refs", "w").write("5")
-run(model, [64, asked["length"]])
-print(json.dumps({"peak": memory("VmHWM") - before}))
-"""
+WIDE = {"num_key_value_heads": 8, "num_hidden_layers": 2, "vocab_size": 1000, "intermediate_size": 512}
+"""Much of a step is keys and values here, which travel between processes that share a row."""
+THRESHOLD = 1 << 18
+"""Bytes from which malloc maps what it gives, and unmaps it when it is free."""
 
 
-def start(dtype, length, keep, passes=1, rows=1, autocast=False, offload="none", chunk=256, chunk_of_logits=128):
+def measured(asked: dict[str, Any]) -> int:
+    """Bytes that this process takes at most for two steps, beside what libraries keep."""
+    from transformers import LlamaForCausalLM
+
+    from llama1m_ext.train.devices import Devices
+    from llama1m_ext.train.forward import Trainee, shift
+    from llama1m_ext.train.kept import place
+    from llama1m_ext.train.layer import How
+    from llama1m_ext.train.models import trained
+    from llama1m_ext.train.optimizer import Optimizer
+    from llama1m_ext.train.team import Team, team_of
+
+    torch.set_num_threads(1)
+    devices, team = Devices(asked["rank"], asked["ring"]), Team(0, 1, 1)
+    if asked["ring"] > 1:
+        if not torch.distributed.is_initialized():
+            at = {"init_method": f"file://{asked['store']}", "rank": asked["rank"], "world_size": asked["ring"]}
+            torch.distributed.init_process_group("gloo", **at)
+        team = team_of(devices, asked["ring"])
+
+    def memory(name: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+    def make(fields: dict[str, int]) -> LlamaForCausalLM:
+        torch.set_default_dtype(getattr(torch, asked["dtype"]))
+        model = LlamaForCausalLM(tiny_config(**fields))
+        torch.set_default_dtype(torch.float32)
+        return model.train()
+
+    def run(model: LlamaForCausalLM, lengths: list[int]) -> None:
+        trainee, where = Trainee(model), place(None if asked["offload"] == "none" else asked["offload"])
+        optimizer = Optimizer(trained(model), Stage(2, 1))
+        for n in lengths:  # a short step first, after which the optimizer has its states
+            how = How(asked["keep"], where, asked["chunk"], team.attention(n, None))
+            for _ in range(asked["passes"]):
+                ids = torch.randint(0, 100, (asked["rows"], n))
+                mine, labels, _ = team.share({"input_ids": ids}, shift(ids)[0], None)
+                places, over = mine.get("position_ids"), {"denominator": n, "ce_chunk": asked["ce_chunk"]}
+                with torch.autocast("cpu", torch.bfloat16, enabled=asked["autocast"]):
+                    loss = trainee(mine["input_ids"], labels, None, places, how=how, **over)
+                loss.backward()
+                where.clear()
+            devices.add_up(optimizer.gradients())
+            optimizer.clipped()
+            optimizer.step(1e-5)
+
+    # What libraries load and keep when they are first used is no part of a step.
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 128}
+    run(make(asked["fields"] | small), [256])
+    before = memory("VmRSS")
+    model = make(asked["fields"])
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    run(model, [64, asked["length"]])
+    return memory("VmHWM") - before
+
+
+def asked_of(
+    dtype, length, keep, passes=1, rows=1, autocast=False, offload="none", chunk=256, ce_chunk=128, ring=1, outer=1
+) -> tuple[dict[str, Any], list[Peak]]:
+    """What `measured` is told, and what is predicted."""
+    fields = FIELDS if ring == 1 else FIELDS | WIDE
+    step = Step(length // ring, rows, passes, keep, offload, chunk, ce_chunk, autocast, ring=ring, outer=outer)
     asked = {"dtype": dtype, "length": length, "keep": keep, "passes": passes, "rows": rows, "autocast": autocast}
-    asked |= {"offload": offload, "chunk": chunk, "ce_chunk": chunk_of_logits, "fields": FIELDS}
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, json.dumps(asked)],
+    asked |= {"offload": offload, "chunk": chunk, "ce_chunk": ce_chunk, "fields": fields, "ring": ring, "rank": 0}
+    return asked, peaks(of_config(tiny_config(**fields), dtype), step)
+
+
+def start(asked: dict[str, Any], **environment: str) -> subprocess.Popen[str]:
+    script = "import json, sys; from test_train_plan import measured; print(measured(json.loads(sys.argv[1])))"
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    # Large tensors are given back at once, as those of a large model are; glibc keeps what is below 32 MB for itself.
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(THRESHOLD)}
+    return subprocess.Popen(
+        [sys.executable, "-c", script, json.dumps(asked)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
-        # Large tensors are given back at once, as those of a large model are; glibc keeps what is below 32 MB for itself.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "262144"},
+        env={**os.environ, **own, **environment},
     )
-    step = Step(length, rows, passes, keep, offload, chunk, chunk_of_logits, autocast)
-    return process, peaks(of_config(tiny_config(**FIELDS), dtype), step)
 
 
-def compare(process, predicted, what: str) -> None:
+def ended(process: subprocess.Popen[str]) -> int:
     out, errors = process.communicate(timeout=1200)
     assert process.returncode == 0, errors
-    measured = json.loads(out.splitlines()[-1])["peak"]
-    off = predicted[0].bytes / measured - 1
-    print(f"| {what} | {predicted[0].bytes / 1e6:.0f} MB | {measured / 1e6:.0f} MB | {off:+.1%} | {predicted[0].phase}")
-    assert abs(off) <= 0.1, f"{what}: predicted {predicted[0]}, measured {measured / 1e6:.1f} MB, {off:+.1%}"
+    return int(out.splitlines()[-1])
+
+
+def compare(found: int, predicted: list[Peak], what: str) -> None:
+    worst, off = predicted[0], predicted[0].bytes / found - 1
+    print(f"| {what} | {worst.bytes / 1e6:.0f} MB | {found / 1e6:.0f} MB | {off:+.1%} | {worst.phase}")
+    assert abs(off) <= 0.1, f"{what}: predicted {worst}, measured {found / 1e6:.1f} MB, {off:+.1%}"
 
 
 @pytest.mark.slow
@@ -118,11 +151,48 @@ def compare(process, predicted, what: str) -> None:
     ],
 )
 def test_predicted_peaks(case):
-    compare(*start(*case), " | ".join(map(str, case)))
+    asked, predicted = asked_of(*case)
+    compare(ended(start(asked)), predicted, " | ".join(map(str, case)))
 
 
-def test_a_predicted_peak():
-    compare(*start("float32", 2048, "attention", 2), "float32 | 2048 | attention")
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("ring", "outer", "case"),
+    [
+        (2, 1, ("float32", 8192, "attention")),
+        (2, 1, ("bfloat16", 8192, "attention", 2)),
+        (2, 1, ("float32", 4096, "all")),
+        (2, 1, ("bfloat16", 8192, "inputs")),
+        (3, 1, ("float32", 6144, "attention", 1, 2)),
+        (4, 1, ("float32", 8192, "attention")),
+        (6, 2, ("float32", 12288, "attention")),
+    ],
+)
+def test_predicted_peaks_of_processes_that_share_rows(tmp_path, ring, outer, case):
+    """Each of them."""
+    asked, predicted = asked_of(*case, ring=ring, outer=outer)
+    more = {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": str(ring // outer)}
+    processes = [start({**asked, "rank": rank, "store": str(tmp_path / "store")}, **more) for rank in range(ring)]
+    for rank, found in enumerate([ended(process) for process in processes]):
+        compare(found, predicted, f"rank {rank} of {ring} ({outer}) | {' | '.join(map(str, case))}")
+
+
+@pytest.mark.parametrize(
+    ("ring", "case"), [(1, ("float32", 2048, "attention", 2)), (2, ("bfloat16", 8192, "attention"))]
+)
+def test_a_predicted_peak(ring, case):
+    """In processes that are forked with all libraries in them."""
+    asked, predicted = asked_of(*case, ring=ring)
+    with crew(ring) as made:
+        for rank, found in enumerate(made.run(ring, measured_here, asked)):
+            compare(found, predicted, f"rank {rank} of {ring} | {' | '.join(map(str, case))}")
+
+
+def measured_here(group: Any, asked: dict[str, Any]) -> int:
+    """In a process of a crew."""
+    ctypes.CDLL(None).mallopt(-3, THRESHOLD)  # M_MMAP_THRESHOLD
+    return measured({**asked, "rank": torch.distributed.get_rank(group)})
 
 
 # -- arithmetic ---------------------------------------------------------------------------------------------------------
@@ -155,8 +225,6 @@ def test_more_kept_takes_more():
 
 
 def test_chunks_are_what_the_loss_takes():
-    import torch
-
     from llama1m_ext.train.cross_entropy import chunk_len
 
     for vocab in (261, 8000, 128_256):

@@ -441,6 +441,7 @@ class _Trainer:
             gpu=device.type == "cuda",
             devices=self.devices.world_size,
             sequence_parallel=self.team.size,
+            outer=1 if self.team.layout is None else self.team.layout.outer,
             shards=self.devices.world_size if self.sharded else 1,
             threads=torch.get_num_threads(),
         )

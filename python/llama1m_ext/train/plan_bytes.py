@@ -32,6 +32,7 @@ class Step:
         shards: processes that weights, gradients and optimizer states are spread over.
         threads: of the arithmetic.
         ring: devices that share a row.
+        outer: rings of them, one on each node (double ring).
     """
 
     length: int
@@ -47,6 +48,7 @@ class Step:
     shards: int = 1
     threads: int = 1
     ring: int = 1
+    outer: int = 1
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,11 @@ def _layer(shape: Shape, step: Step, z: _Sizes) -> int:
     front_weights = shape.hidden * (shape.q_dim + 2 * shape.kv_dim) if trains else 0
     many = step.length > step.chunk
     per_weight = (4 if many else 0) + shape.size + (4 if shape.size == 2 else 0) * 0
-    if step.keep == "all":
-        return whole + n * (4 * z.inner + 2 * z.hidden) + shape.size * tail_weights
+    around = _ring_token(shape, step, z)
+    if step.keep == "all":  # what the tail kept is given back by the time that attention's turn comes
+        in_tail = n * (4 * z.inner + 2 * z.hidden)
+        in_attention = n * (z.hidden + z.q + around - 2 * z.hidden - z.norm_kept - 4 * z.inner)
+        return whole + max(in_tail, in_attention) + shape.size * tail_weights
     m = z.chunk
     tail = m * (z.norm + 3 * z.hidden + 7 * z.inner)
     front = m * (z.norm + z.hidden + 2 * z.q + 4 * z.kv)
@@ -149,13 +154,27 @@ def _layer(shape: Shape, step: Step, z: _Sizes) -> int:
     got = n * (z.hidden + (z.q + z.lse if step.keep == "attention" else 0)) if back else 0
     made = n * (z.q + z.lse) if step.keep == "inputs" else 0  # attention's output, again
     in_tail = n * (z.hidden + z.q) + tail + per_weight * tail_weights + (qkv if step.keep == "inputs" else 0)
-    in_attention = n * (z.hidden + z.q) + 2 * qkv + shape.size * tail_weights
-    if (
-        step.ring > 1
-    ):  # blocks at hand, coming and leaving; float32: their gradients, those of q, and a step's share of each
-        in_attention += n * (6 * z.kv + 4 * (8 * shape.kv_dim + 2 * shape.q_dim))
+    in_attention = n * (z.hidden + z.q + around) + qkv + shape.size * tail_weights
     in_front = n * (2 * z.hidden) + qkv + front + shape.size * tail_weights + per_weight * front_weights
     return whole + got + made + max(in_tail, in_attention, in_front)
+
+
+def _ring_token(shape: Shape, step: Step, z: _Sizes) -> int:
+    """Bytes a token of what attention's backward makes: gradients of q, k and v; in a ring also the blocks that are on their way
+    (`ring.attention.backward` on a zigzag), and all gradients in float32 until the last step."""
+    if step.ring == 1:
+        return z.q + 2 * z.kv
+    dq, dkv, block = 4 * shape.q_dim, 8 * shape.kv_dim, 2 * z.kv
+    # The first step: sums and this step's share of them; the block leaves while the next one comes.
+    first = 2 * dq + 2 * dkv + 2 * block
+    # Later ones: half of the queries see another's keys, or all of them see half. Sums are of q, the own block, and the one at
+    # hand. While they are computed, sums of the last block leave, and others come.
+    later = dq + 2 * dkv + max(dq // 2 + dkv, dq + dkv // 2) + (2 * dkv if step.ring > 2 else 0)
+    laps = 1 < step.outer < step.ring
+    later += block * (2 if step.ring // (step.outer if laps else 1) > 3 else 1)
+    if laps:  # between nodes two blocks more, but in the last lap; sums of the lap's first, but in the first
+        later += 2 * block + dkv if step.outer > 2 else max(2 * block, dkv)
+    return max(first, later)
 
 
 def _head(shape: Shape, step: Step, z: _Sizes) -> int:

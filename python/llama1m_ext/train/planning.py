@@ -189,6 +189,7 @@ def planned(
     threads: int,
     rates: tuple[float, float] | None = None,
     sequence_parallel: int = 1,
+    outer: int = 1,
 ) -> TrainingPlan:
     """The plan for known sizes.
 
@@ -197,6 +198,7 @@ def planned(
         limit: bytes that there are for all of it, weights included.
         rates: FLOP/s of matrices and of attention in registers.
         sequence_parallel: devices that share a row.
+        outer: rings of them (double ring).
     """
     made, teams = [], max(1, devices // sequence_parallel)
     for stage in run.stages:
@@ -215,6 +217,7 @@ def planned(
             shards=shards,
             threads=threads,
             ring=sequence_parallel,
+            outer=outer,
         )
         step = _chosen(shape, step, s.keep, limit)
         phases = plan_bytes.peaks(shape, step)
