@@ -10,10 +10,7 @@ import llama1m_ext
 from conftest import stock
 from llama1m_ext import ops, testing
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    pass
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tensors(**grad: bool) -> dict[str, torch.Tensor]:

@@ -11,12 +11,9 @@ import llama1m_ext
 from conftest import assert_near, stock
 from llama1m_ext import testing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HEADS = ["SequenceClassification", "TokenClassification", "QuestionAnswering"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    pass
 
 
 def made(head: str, dtype: torch.dtype = torch.float32):

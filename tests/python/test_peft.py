@@ -18,6 +18,8 @@ import llama1m_ext
 from conftest import assert_near, stock
 from llama1m_ext import LongCache, _compat, testing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = {
     "lora": LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]),
     "lora of q alone": LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj"]),
@@ -30,11 +32,6 @@ KINDS = {
 }
 NOT_OURS = {"adaption prompt"}  # which puts an attention of its own around Llama's
 VIRTUAL = {"prompt", "p-tuning", "prefix"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    pass
 
 
 def adapted(kind: str):

@@ -19,17 +19,14 @@ from llama1m_ext.train.attention import Apart
 from llama1m_ext.train.forward import shift
 from ring_cases import Case
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def eight() -> Iterator[Crew]:
     made = Crew(8)
     yield made
     made.close()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    pass
 
 
 NAMES = ("out", "lse", "dq", "dk", "dv")

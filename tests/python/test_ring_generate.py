@@ -24,6 +24,8 @@ from llama1m_ext.ring.shard_layer import shares, spread_of
 from llama1m_ext.ring.spread import Spread
 from ring_models import Ask, Talk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPREAD_OUT = {"min_layer_major_len": 2}
 """Every prompt is spread over the ranks, however short."""
 
@@ -40,11 +42,6 @@ def eight() -> Iterator[Crew]:
     made = Crew(8)
     yield made
     made.close()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    pass
 
 
 def judged(made: Crew, ranks: int, talk: Talk, factor: float = 1.5) -> list[dict]:

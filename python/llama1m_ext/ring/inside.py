@@ -32,8 +32,8 @@ MOST = 4096
 """Tokens of a call, at most, that each rank computes whole because somebody watches the modules."""
 
 
-class Share:
-    """What the plan of a call asks about its ranks.
+class Sharing:
+    """How ranks share a call, as far as its plan asks.
 
     Attributes:
         layout: the ranks.
@@ -48,7 +48,7 @@ class Share:
         self.layout, self.sharded, self.total = layout, sharded, total
 
 
-class RingCall(Share):
+class RingCall(Sharing):
     """What several ranks make of a call.
 
     Attributes:
@@ -78,7 +78,7 @@ class RingCall(Share):
         self.local = copy.copy(call)
         self.local.q_len, self.local.past_len = n, held
         # Not itself: a cycle would keep the cache alive until somebody collects garbage.
-        self.local.ring = Share(layout, sharded, self.total)  # type: ignore[assignment]
+        self.local.ring = Sharing(layout, sharded, self.total)  # type: ignore[assignment]
 
     @property
     def is_owner(self) -> bool:
