@@ -87,6 +87,21 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def families_as_they_were() -> Iterator[None]:
+    """For tests that switch families of models on: nobody else can switch one off."""
+    import llama1m_ext
+    from llama1m_ext import families, patch
+
+    on, known = list(patch._on), dict(families._by_class)
+    yield
+    llama1m_ext.disable()
+    patch._on[:] = on
+    for c in families._by_class.keys() - known.keys():
+        del families._by_class[c]
+    llama1m_ext.enable()
+
+
+@pytest.fixture
 def nan_in_new_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of pages that nobody has written holds what must not be read: NaN, or codes that would show."""
     import torch

@@ -159,17 +159,6 @@ def test_numbers():
     assert load.depths("0,.5") == [0.0, 0.5]
 
 
-@pytest.fixture
-def families_as_they_were():
-    from llama1m_ext import patch
-
-    on = list(patch._on)
-    yield
-    llama1m_ext.disable()
-    patch._on[:] = on
-    llama1m_ext.enable()
-
-
 @pytest.mark.usefixtures("families_as_they_were")
 def test_other_families_are_served(tmp_path):
     import torch

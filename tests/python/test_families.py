@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 import llama1m_ext
 from conftest import stock, why_no_prefill_chunks
-from llama1m_ext import families, patch, prefill, testing
+from llama1m_ext import families, prefill, testing
 from llama1m_ext.families import FAMILIES, LLAMA
 
 HERE = [name for name, family in FAMILIES.items() if family is not LLAMA and family.is_known]
@@ -42,15 +42,8 @@ CASES = [(name, False) for name in HERE] + [(name, True) for name in HERE if nam
 
 
 @pytest.fixture(autouse=True)
-def switched_on(one_thread):
+def switched_on(one_thread, families_as_they_were):
     llama1m_ext.enable(families="all")
-    yield
-    llama1m_ext.disable()
-    patch._on[:] = ["llama"]
-    for known in [c for c in families._by_class.values() if c.family is not LLAMA]:
-        families._by_class.pop(known.model, None)
-        families._by_class.pop(known.rotary, None)
-    llama1m_ext.enable()
 
 
 def made(name: str, slides: bool = False, seed: int = 1, **changes):

@@ -423,6 +423,7 @@ def test_positions():
         assert error(g, gradients(other)[name].double()) < 2e-4, name
 
 
+@pytest.mark.usefixtures("families_as_they_were")
 @pytest.mark.parametrize("name", ["qwen3", "smollm3", "qwen2"])
 def test_other_families(name):
     import importlib
