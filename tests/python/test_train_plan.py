@@ -179,7 +179,7 @@ def test_predicted_peaks_of_processes_that_share_rows(tmp_path, ring, outer, cas
 
 
 @pytest.mark.parametrize(
-    ("ring", "case"), [(1, ("float32", 2048, "attention", 2)), (2, ("bfloat16", 8192, "attention"))]
+    ("ring", "case"), [(1, ("float32", 2048, "attention", 2)), (2, ("float32", 4096, "attention"))]
 )
 def test_a_predicted_peak(ring, case):
     """In processes that are forked with all libraries in them."""
