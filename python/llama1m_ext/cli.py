@@ -141,8 +141,8 @@ def bench_ring(
     rails: Annotated[int, typer.Option(min=1, help="Links of a node to other nodes.")] = 2,
     inter: Annotated[
         str, typer.Option(help="What a link carries, comma-separated: bits (Mb, Gb) or bytes (MB, GB).")
-    ] = "1Gb,300Mb,100Mb,30Mb",
-    length: Annotated[int, typer.Option(min=1, help="Tokens of the sequence.")] = 8192,
+    ] = "1Gb,300Mb,100Mb,30Mb,10Mb",
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the sequence.")] = 4096,
     heads: Annotated[str, typer.Option(help="q_heads x kv_heads x head_dim.")] = "32x8x128",
     dtype: Annotated[str, typer.Option(help="bf16, f32 or f16.")] = "bf16",
     backward: Annotated[bool, typer.Option("--backward", help="The backward pass, too.")] = False,

@@ -69,8 +69,8 @@ class Plan:
 def plan(
     nodes: str = "4x2",
     rails: int = 2,
-    inter: str = "1Gb,300Mb,100Mb,30Mb",
-    length: int = 8192,
+    inter: str = "1Gb,300Mb,100Mb,30Mb,10Mb",
+    length: int = 4096,
     heads: str = "32x8x128",
     dtype: str = "bf16",
     backward: bool = False,
