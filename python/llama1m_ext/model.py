@@ -155,7 +155,7 @@ def serve(call: Call, given: dict[str, Any], keep: int) -> Any:
 
 def causal_lm_forward(original: Forward, owner: type) -> Forward:
     """`LlamaForCausalLM.forward`: tells the model which positions will have logits, so that the last layer of a long
-    prompt computes only those. What it returns is transformers' own."""
+    prompt computes only those. What it returns is transformers' own; where several ranks share the model, with rank 0's logits."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +167,12 @@ def causal_lm_forward(original: Forward, owner: type) -> Forward:
             watched = inner._forward_hooks or torch.nn.modules.module._global_forward_hooks
             if not watched and is_ours(inner):
                 kwargs[KEEP] = keep
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        if patch.is_enabled() and read(self.model).ring is not None and kwargs.get("labels") is None:
+            from .ring import membership
+
+            membership.share_logits(self.model, result)
+        return result
 
     setattr(forward, MARK, True)
     return forward

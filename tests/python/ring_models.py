@@ -117,15 +117,23 @@ class Ask:
     layout: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
+    noise: float = 0.0
 
 
 def answered(group: Any, ask: Ask) -> Tensor:
-    """Tokens; group None: this process alone."""
+    """Tokens; group None: this process alone. With noise tokens are equally likely in pairs, and all ranks but the first one compute
+    other logits."""
     model = testing.tiny_model(3, ask.dtype, **ask.model)
     set_options(model, progress=False, **ask.options)
     rank = 0
     if group is not None:
         rank = llama1m_ext.distributed(model, group, **ask.layout).rank
+    if ask.noise:
+        with torch.no_grad():
+            model.lm_head.weight[:-1:2] = model.lm_head.weight[1::2]
+    if rank and ask.noise:
+        rng = torch.Generator().manual_seed(rank)  # not the one that samples
+        model.lm_head.register_forward_hook(lambda _, __, out: out + ask.noise * torch.randn(out.shape, generator=rng))
     torch.manual_seed(ask.seed + 1000 * rank)  # rank 0's counts
     ids = testing.random_ids(ask.batch, ask.length, 5)
     mask = torch.ones_like(ids)

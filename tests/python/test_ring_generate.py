@@ -205,6 +205,16 @@ def test_generate(three, name):
         assert torch.equal(made, expected)
 
 
+@pytest.mark.parametrize("name", WAYS)
+def test_ranks_that_compute_otherwise(three, name):
+    """CPUs of different types round differently: rank 0 decides."""
+    ranks, more = WAYS[name]
+    ask = Ask(batch=1 if name == "lookup" else 2, options=SPREAD_OUT, more={"max_new_tokens": 20, **more}, noise=1e-3)
+    expected = ring_models.answered(None, ask)
+    for made in three.run(ranks, ring_models.answered, ask):
+        assert torch.equal(made, expected)
+
+
 @pytest.mark.parametrize("kv", ["model", "int8"])
 def test_greedy_tokens_in_bf16(three, kv):
     ask = Ask(
@@ -431,12 +441,21 @@ out.write_text(outputs[0]["generated_text"][len(prompt):], encoding="utf-8")
 """
 """The model card's snippet, and the one line."""
 
+OLD_MACHINE = """
+import os
+
+if os.environ.get("RANK") == "1":
+    os.environ.update(LLAMA1M_ISA="portable", ATEN_CPU_CAPABILITY="default")
+"""
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_model_card_under_torchrun(tmp_path):
+@pytest.mark.parametrize("before", ["", OLD_MACHINE])
+def test_the_model_card_under_torchrun(tmp_path, before):
+    """On CPUs of one type, and of two."""
     testing.tiny_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
-    (tmp_path / "script.py").write_text(CARD)
+    (tmp_path / "script.py").write_text(before + CARD)
     words = [str(tmp_path / "script.py"), str(tmp_path / "model"), str(tmp_path)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for how in ([], torchrun):

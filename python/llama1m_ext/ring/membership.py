@@ -15,7 +15,10 @@ from ..options import Options, llama_models, read, set_options
 from . import agreement
 from .layout import Layout
 
-__all__ = ["distributed", "generating", "layout_of"]
+__all__ = ["distributed", "generating", "layout_of", "share_logits"]
+
+FEW = 16
+"""Positions of a call, at most, that have rank 0's logits on all ranks: `generate` asks for one, or for those of a guess."""
 
 _layouts: dict[str, Layout] = {}
 """By name: what is on a model is copied and pickled with it, which a process group can't be."""
@@ -36,7 +39,8 @@ def distributed(
 
     Every rank makes the same calls with the same arguments, as `torchrun --nproc-per-node N script.py` does, and gets the same
     results. A prompt is spread over the ranks, with ring attention between them (Liu et al., 2310.01889); each keeps its share of the
-    KV cache; a decoded token asks all of them, and one keeps it. `generate` takes rank 0's random state on all ranks.
+    KV cache; a decoded token asks all of them, and one keeps it. Rank 0's logits count on all ranks, and in `generate` its random
+    state, so that CPUs of different types choose the same tokens.
 
     Args:
         model: a Llama of transformers, or something that holds one (a pipeline).
@@ -119,6 +123,30 @@ def generating(owner: Any, kwargs: Mapping[str, Any]) -> Iterator[None]:
     yield
 
 
+def share_logits(model: Any, result: Any) -> None:
+    """The logits of a call of few positions become rank 0's, on all ranks: what each chooses by them is the same.
+
+    All of them have computed these, but CPUs of different types round differently, and two tokens may be as good as equally likely.
+
+    Args:
+        model: the `LlamaModel`.
+        result: of its `LlamaForCausalLM`'s forward; its logits are written to.
+
+    Raises:
+        LinkError: a rank is silent.
+    """
+    layout = layout_of(model)
+    if layout is None or layout.world_size == 1:
+        return
+    logits = result.logits if hasattr(result, "logits") else result[0]
+    if logits.dim() != 3 or logits.shape[1] > FEW or logits.requires_grad:
+        return
+    carried = logits.contiguous()
+    layout.links.from_first([carried], "sharing logits")
+    if carried is not logits:
+        logits.copy_(carried)
+
+
 def _is_plain(value: object) -> bool:
     """Whether a `repr` says all there is."""
     if isinstance(value, (list, tuple)):
@@ -132,12 +160,7 @@ def _share_random_state(layout: Layout, device: torch.device) -> None:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     carried = [state.to(layout.control_device()) for state in states]
-    others = range(1, layout.world_size)
-    if layout.rank == 0:
-        messages = [(state, r) for state in carried for r in others], list[tuple[torch.Tensor, int]]()
-    else:
-        messages = list[tuple[torch.Tensor, int]](), [(state, 0) for state in carried]
-    layout.links.exchange(*messages, "sharing the random state", control=True).wait()
+    layout.links.from_first(carried, "sharing the random state")
     if layout.rank:
         torch.set_rng_state(carried[0].cpu())
         if device.type == "cuda":

@@ -116,6 +116,17 @@ class Links:
         self.exchange([(mine, r) for r in others], [(found[r], r) for r in others], what, control=control).wait()
         return found
 
+    def from_first(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Rank 0's numbers come into every rank's tensors, contiguous and of the same shapes; all ranks call it. Control.
+
+        Raises:
+            LinkError: a rank is silent.
+        """
+        others = range(1, self.world_size)
+        sends = [(t, r) for t in tensors for r in others] if self.rank == 0 else []
+        receives = [(t, 0) for t in tensors] if self.rank else []
+        self.exchange(sends, receives, what, control=True).wait()
+
     def _count(self, peer: int, size: int, control: bool) -> None:
         if control:
             self.control += size
