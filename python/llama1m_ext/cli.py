@@ -145,6 +145,9 @@ def bench_ring(
     length: Annotated[int, typer.Option(min=1, help="Tokens of the sequence.")] = 4096,
     heads: Annotated[str, typer.Option(help="q_heads x kv_heads x head_dim.")] = "32x8x128",
     dtype: Annotated[str, typer.Option(help="bf16, f32 or f16.")] = "bf16",
+    kv_format: Annotated[
+        str, typer.Option(help="Of blocks on their way: model, int8, fp8, int4, int8/int4.")
+    ] = "model",
     backward: Annotated[bool, typer.Option("--backward", help="The backward pass, too.")] = False,
     rounds: Rounds = 3,
     quick: Quick = False,
@@ -155,7 +158,7 @@ def bench_ring(
     from llama1m_ext.bench import namespaces, ring
 
     try:
-        plan = ring.plan(nodes, rails, inter, length, heads, dtype, backward, rounds, quick)
+        plan = ring.plan(nodes, rails, inter, length, heads, dtype, kv_format, backward, rounds, quick)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     try:

@@ -106,6 +106,7 @@ def test_no_programs_no_nodes(monkeypatch):
         ({"inter": "fast"}, "inter: expected"),
         ({"inter": ","}, "inter: expected rates"),
         ({"dtype": "f64"}, "dtype: expected one of bf16"),
+        ({"kv_format": "int7"}, "kv_format: expected"),
         ({"length": 7}, "length: expected at least a token for each rank, got 7"),
         ({"heads": "3x2x64"}, "heads"),
     ],
@@ -171,9 +172,11 @@ def test_measured_over_slow_links(nodes, tmp_path):
     of = {one["name"]: one for one in slow["candidates"]}
     (chosen,) = (one for one in slow["candidates"] if one["chosen"])
     plain = of["plain ring"]
-    # Forward and backward: a block is 128 rows of keys and values, 2 heads of 64, in bfloat16, and gradients in float32.
+    # Forward and backward: a block is 128 rows of keys and values, 2 heads of 64, in int8 with their scales and offsets in float16,
+    # for each channel of 64 keys and each value; gradients are float32.
     block = 128 * 2 * 2 * 64
-    assert plain["busiest_link_bytes"] == block * (3 * 2 + 3 * 2 + 3 * 4), plain
+    sides = block + 2 * 2 * (2 * 64 + 128) * 2
+    assert plain["busiest_link_bytes"] == 3 * (2 * sides + 4 * block), plain
     assert chosen["layout"] in ([1, 2, 2], [2, 1, 2])
     assert chosen["busiest_link_bytes"] * 2 < plain["busiest_link_bytes"]
     assert plain["seconds"] > 0.8 * plain["transfer_s"], "links are as slow as they were told to be"

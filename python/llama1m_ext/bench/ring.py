@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _core
+from ..formats import KvFormat
 from ..plan_topology import rate
 from .attention import parse_heads
 from .harness import DTYPES, Clock, alternate, reported, sizes
@@ -51,6 +52,7 @@ class Plan:
         length: tokens of the sequence.
         heads: (q_heads, kv_heads, head_dim).
         dtype: "bf16", "f16", "f32".
+        kv_format: of blocks on their way, as `Layout` takes it. The planner knows nothing of it.
         backward: the backward pass, too.
         rounds: alternated.
     """
@@ -62,6 +64,7 @@ class Plan:
     length: int
     heads: tuple[int, int, int]
     dtype: str
+    kv_format: str
     backward: bool
     rounds: int
 
@@ -73,6 +76,7 @@ def plan(
     length: int = 4096,
     heads: str = "32x8x128",
     dtype: str = "bf16",
+    kv_format: str = "model",
     backward: bool = False,
     rounds: int = 3,
     quick: bool = False,
@@ -96,7 +100,8 @@ def plan(
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if length < found[0][0] * found[0][1]:
         raise ValueError(f"length: expected at least a token for each rank, got {length}")
-    return Plan(found[0][0], found[0][1], rails, rates, length, parse_heads(heads), dtype, backward, rounds)
+    form = KvFormat.parse(kv_format, "kv_format").name
+    return Plan(found[0][0], found[0][1], rails, rates, length, parse_heads(heads), dtype, form, backward, rounds)
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -115,7 +120,7 @@ def run(plan: Plan) -> dict[str, Any]:
         report.update({"plan": _told(plan), "machine": machine})
         print(
             f"{plan.nodes} nodes of {plan.ranks} ranks with {plan.rails} links each, {plan.length} tokens, heads "
-            f"{'x'.join(map(str, plan.heads))}, {plan.dtype}, {'forward and backward' if plan.backward else 'forward'}; a rank "
+            f"{'x'.join(map(str, plan.heads))}, {plan.dtype}, blocks as {plan.kv_format}, {'forward and backward' if plan.backward else 'forward'}; a rank "
             f"while all compute: {machine['flops'] / 1e9:.1f} GFLOP/s, within a node {machine['intra'] / 1e9:.2f} GB/s, a message "
             f"{machine['latency'] * 1e6:.0f} us"
         )
@@ -187,7 +192,9 @@ def _case(
     calls: dict[Ways, list[dict[str, Any]]] = {ways: [] for ways in names}
 
     def sample(ways: Ways) -> float:
-        answers = ranks.all("call", heads=ways[0], inner=ways[1], outer=ways[2], backward=plan.backward)
+        answers = ranks.all(
+            "call", heads=ways[0], inner=ways[1], outer=ways[2], kv_format=plan.kv_format, backward=plan.backward
+        )
         calls[ways].append({"sent": [a["sent"] for a in answers], "waited": [a["waited"] for a in answers]})
         return float(max(a["end"] for a in answers) - min(a["begin"] for a in answers))
 
@@ -258,7 +265,7 @@ def _told(plan: Plan) -> dict[str, Any]:
     q_heads, kv_heads, head_dim = plan.heads
     shape = {"length": plan.length, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim}
     cluster = {"nodes": plan.nodes, "ranks_per_node": plan.ranks, "rails": plan.rails}
-    return {**cluster, **shape, "dtype": plan.dtype, "backward": plan.backward}
+    return {**cluster, **shape, "dtype": plan.dtype, "kv_format": plan.kv_format, "backward": plan.backward}
 
 
 class _Ranks:

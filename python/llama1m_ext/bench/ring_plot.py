@@ -46,7 +46,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     what = "forward and backward" if p["backward"] else "forward"
     figure.suptitle(
         f"ring attention, {p['nodes']} nodes of {p['ranks_per_node']} ranks, {p['rails']} links each, {p['length']} tokens, "
-        f"{p['q_heads']}x{p['kv_heads']}x{p['head_dim']} {p['dtype']}, {what}",
+        f"{p['q_heads']}x{p['kv_heads']}x{p['head_dim']} {p['dtype']}, blocks as {p['kv_format']}, {what}",
         fontsize=9,
     )
     figure.tight_layout()

@@ -38,7 +38,7 @@ class Rank:
         self.dtype = getattr(torch, told["dtype"])
         self.plain = Layout(timeout=TIMEOUT, ranks_per_node=told["ranks_per_node"])
 
-    def call(self, heads: int, inner: int, outer: int, backward: bool) -> dict[str, Any]:
+    def call(self, heads: int, inner: int, outer: int, kv_format: str, backward: bool) -> dict[str, Any]:
         """One attention call over the whole sequence, and its backward pass.
 
         Returns:
@@ -53,7 +53,7 @@ class Rank:
 
         t = self.told
         shape = {"heads": heads, "inner": inner, "outer": outer, "ranks_per_node": t["ranks_per_node"]}
-        layout = Layout(timeout=TIMEOUT, **shape)
+        layout = Layout(timeout=TIMEOUT, kv_format=kv_format, **shape)
         kind = layout.links.kind
         layout.links.kind = lambda a, b: str(b)
         n = layout.lengths(t["length"])[self.rank]
