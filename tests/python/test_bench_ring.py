@@ -161,7 +161,15 @@ def test_measured_over_slow_links(nodes, tmp_path):
         "--rounds",
         "2",
     ]
-    words += ["--backward", "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    words += [
+        "--backward",
+        "--kv-format",
+        "int8",
+        "--json",
+        str(tmp_path / "out.json"),
+        "--plot",
+        str(tmp_path / "out.png"),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "llama1m_ext", *words], capture_output=True, encoding="utf-8", timeout=240
     )
