@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -198,3 +199,24 @@ def test_a_rank_that_fails_is_named(nodes):
         ranks._processes[1].kill()
         with pytest.raises(RuntimeError, match=r"rank 1: latency: it died|rank [023]: latency: \w+Error: .*peer"):
             ranks.all("latency", rounds=1)
+
+
+def test_ranks_end_with_the_bench(nodes):
+    """Killed while its ranks wait for each other: nobody goes on waiting."""
+    script = "import sys, threading\nfrom llama1m_ext.bench import ring, namespaces\n"
+    script += "with namespaces.Nodes(2, 2) as nodes, ring._Ranks(ring.plan(quick=True), nodes) as ranks:\n"
+    script += "    print(*[p.pid for p in ranks._processes], flush=True)\n"
+    script += "    nodes.limit(1000)\n"
+    script += "    ranks.all('call', heads=1, inner=4, outer=1, kv_format='model', backward=False)\n"
+    maker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert maker.stdout is not None
+    pids = [int(pid) for pid in maker.stdout.readline().split()]
+    assert len(pids) == 4
+    time.sleep(2)
+    maker.kill()
+    maker.wait()
+    maker.stdout.close()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "they live on"
+        time.sleep(0.1)

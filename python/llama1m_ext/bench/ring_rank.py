@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -129,12 +131,14 @@ class Rank:
 
 
 def main() -> None:
-    """Until its input ends."""
+    """Until its input ends: at once then, whatever it waits for."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
+    orders: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
     rank: Rank | None = None
-    for line in sys.stdin:
-        order = json.loads(line)
+    while True:
+        order = json.loads(orders.get())
         do = order.pop("do")
         try:
             if rank is None:
@@ -145,7 +149,12 @@ def main() -> None:
             answer = {"error": f"{type(e).__name__}: {e}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-    os._exit(0)  # torch 2.5's gloo may wait for the GIL with the GIL held, once it is taken down
+
+
+def _listen(orders: queue.SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        orders.put(line)
+    os._exit(0)
 
 
 if __name__ == "__main__":
