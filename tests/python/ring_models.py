@@ -140,7 +140,7 @@ def answered(group: Any, ask: Ask) -> Tensor:
     for row, n in enumerate(ask.pads):
         mask[row, :n] = 0
     with torch.no_grad():
-        found = model.generate(ids, attention_mask=mask, eos_token_id=None, pad_token_id=0, **ask.more)
+        found = model.generate(ids, attention_mask=mask, pad_token_id=0, **{"eos_token_id": None, **ask.more})
     assert not llama1m_ext.stats(model).stock
     return found
 

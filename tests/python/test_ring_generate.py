@@ -191,7 +191,8 @@ WAYS = {
     "sampling": (3, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
     "beams": (2, {"num_beams": 3, "do_sample": False}),
     "several sequences": (2, {"num_return_sequences": 2, "do_sample": True}),
-    "lookup": (2, {"prompt_lookup_num_tokens": 3, "do_sample": False}),
+    # 4.57 stumbles over a guess where nothing ends a text: here something does that never comes.
+    "lookup": (2, {"prompt_lookup_num_tokens": 3, "do_sample": False, "eos_token_id": 1 << 20}),
 }
 
 
