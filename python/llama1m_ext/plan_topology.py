@@ -310,13 +310,22 @@ class Ask:
         return 3 * self.shape.weight_bytes * (c.gpus - 1) / c.gpus / c.intra
 
 
+def known_layouts(nodes: int, gpus: int) -> dict[str, tuple[int, int, int]]:
+    """(heads, inner, outer) of what everybody knows, by name; heads may not be cut so.
+
+    Args:
+        gpus: of a node.
+    """
+    return {
+        "plain ring": (1, nodes * gpus, 1),
+        "double ring": (1, gpus, nodes),
+        "heads within nodes": (gpus, 1, nodes),
+        "heads alone": (nodes * gpus, 1, 1),
+    }
+
+
 def _others(ways: list[Way], part: Cluster) -> dict[str, Way]:
     """What everybody knows, beside the chosen one."""
     known = {way.layout: way for way in ways}
-    named = {
-        "plain ring": (1, part.size, 1),
-        "double ring": (1, part.gpus, part.nodes),
-        "heads within nodes": (part.gpus, 1, part.nodes),
-        "heads alone": (part.size, 1, 1),
-    }
+    named = known_layouts(part.nodes, part.gpus)
     return {name: known[layout] for name, layout in named.items() if layout in known}

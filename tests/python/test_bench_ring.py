@@ -70,6 +70,22 @@ def lives(pid: int) -> bool:
         return False
 
 
+def assert_all_end(script: str, count: int, within: float, after: float = 0.0) -> None:
+    """The processes whose numbers a script prints end within so many seconds after it is killed, `after` seconds from then."""
+    maker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert maker.stdout is not None
+    pids = [int(pid) for pid in maker.stdout.readline().split()]
+    assert len(pids) == count
+    time.sleep(after)
+    maker.kill()
+    maker.wait()
+    maker.stdout.close()
+    deadline = time.monotonic() + within
+    while any(map(lives, pids)):
+        assert time.monotonic() < deadline, "they live on"
+        time.sleep(0.05)
+
+
 def test_links_carry_what_they_are_told(nodes):
     nodes.limit(1e6)
     slow = [carried(nodes, rail, 1_500_000) for rail in (0, 1)]
@@ -84,17 +100,7 @@ def test_namespaces_end_with_their_maker(nodes):
     """Even with one that is killed: nothing is left on the machine."""
     script = "import time; from llama1m_ext.bench.namespaces import Nodes; n = Nodes(2, 1).__enter__()\n"
     script += "print(*[h.pid for h in n._holders], flush=True); time.sleep(60)"
-    maker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert maker.stdout is not None
-    pids = [int(pid) for pid in maker.stdout.readline().split()]
-    assert len(pids) == 3
-    maker.kill()
-    maker.wait()
-    maker.stdout.close()
-    deadline = time.monotonic() + 10
-    while any(map(lives, pids)):
-        assert time.monotonic() < deadline, "they live on"
-        time.sleep(0.05)
+    assert_all_end(script, 3, within=10.0)
 
 
 def test_no_programs_no_nodes(monkeypatch):
@@ -211,20 +217,9 @@ def test_a_rank_that_fails_is_named(nodes):
 
 def test_ranks_end_with_the_bench(nodes):
     """Killed while its ranks wait for each other: nobody goes on waiting."""
-    script = "import sys, threading\nfrom llama1m_ext.bench import ring, namespaces\n"
+    script = "from llama1m_ext.bench import ring, namespaces\n"
     script += "with namespaces.Nodes(2, 2) as nodes, ring._Ranks(ring.plan(quick=True), nodes) as ranks:\n"
     script += "    print(*[p.pid for p in ranks._processes], flush=True)\n"
     script += "    nodes.limit(1000)\n"
     script += "    ranks.all('call', heads=1, inner=4, outer=1, kv_format='model', backward=False)\n"
-    maker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert maker.stdout is not None
-    pids = [int(pid) for pid in maker.stdout.readline().split()]
-    assert len(pids) == 4
-    time.sleep(2)
-    maker.kill()
-    maker.wait()
-    maker.stdout.close()
-    deadline = time.monotonic() + 20
-    while any(map(lives, pids)):
-        assert time.monotonic() < deadline, "they live on"
-        time.sleep(0.1)
+    assert_all_end(script, 4, within=20.0, after=2.0)

@@ -8,8 +8,8 @@ from typing import Any
 from llama1m_ext.bench.harness import OURS
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw the report of a bench to `path` (the suffix decides the format). Needs matplotlib.
+def blank(width: float, height: float) -> Any:
+    """A figure of so many inches that needs no display.
 
     Raises:
         ModuleNotFoundError: without matplotlib, naming the extra that brings it.
@@ -19,9 +19,19 @@ def draw(report: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("--plot needs matplotlib: pip install 'llama1m-ext[bench]'") from error
-    cases = report["cases"]
-    figure = Figure(figsize=(9, 1 + 1.1 * len(cases) + 0.2 * sum(len(one["candidates"]) for one in cases)))
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
+    return figure
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw the report of a bench to `path` (the suffix decides the format). Needs matplotlib.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib, naming the extra that brings it.
+    """
+    cases = report["cases"]
+    figure = blank(9, 1 + 1.1 * len(cases) + 0.2 * sum(len(one["candidates"]) for one in cases))
     axes = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
     for axis, record in zip(axes, cases, strict=True):
         bars = list(reversed(record["candidates"]))

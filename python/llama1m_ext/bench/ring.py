@@ -25,7 +25,7 @@ from typing import Any
 
 from .. import _core
 from ..formats import KvFormat
-from ..plan_topology import rate
+from ..plan_topology import known_layouts, rate
 from .attention import parse_heads
 from .harness import DTYPES, Clock, alternate, reported, sizes
 from .namespaces import Nodes
@@ -135,13 +135,7 @@ def run(plan: Plan) -> dict[str, Any]:
 
 def known(plan: Plan) -> dict[str, Ways]:
     """Layouts that everybody knows, by name, where heads can be cut so."""
-    size = plan.nodes * plan.ranks
-    named = {
-        PLAIN: (1, size, 1),
-        "double ring": (1, plan.ranks, plan.nodes),
-        "heads within nodes": (plan.ranks, 1, plan.nodes),
-        "heads alone": (size, 1, 1),
-    }
+    named = known_layouts(plan.nodes, plan.ranks)
     return {name: ways for name, ways in named.items() if _fits(plan, ways[0])}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .plot import blank
+
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw it to `path` (the suffix decides the format). Needs matplotlib.
@@ -12,14 +14,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     Raises:
         ModuleNotFoundError: without matplotlib, naming the extra that brings it.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--plot needs matplotlib: pip install 'llama1m-ext[bench]'") from error
     cases = sorted((c for c in report["cases"] if c["inter"] is not None), key=lambda c: c["inter"])
-    figure = Figure(figsize=(9, 4))
-    FigureCanvasAgg(figure)
+    figure = blank(9, 4)
     times, gains = figure.subplots(1, 2)
     layouts = {tuple(one["layout"]): one["name"] for case in cases for one in case["candidates"]}
     for layout, name in layouts.items():
