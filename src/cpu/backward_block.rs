@@ -9,6 +9,11 @@
 //! with its 14 loads for 24 products 75%.) Scores have keys in their lanes, so p and ds lie `[row][key]`; where a unit
 //! is a pair of bf16, two rows of a key make a unit for dv and dk (which sum over rows), and two keys of a row one for dq.
 //! Nothing is transposed: both pairings come from the same accumulators.
+//!
+//! Tried on Sapphire Rapids, side by side, and not kept, for 0 to 1.5%: rows in the lanes in place of keys (then k and v are only
+//! copied for each task), steps of a product written out by fours, twice the rows in a task. There a product alone reaches 0.87
+//! to 0.95 of two multiply-adds a clock, registers alone 0.90 to 0.98, and the whole pass 80 to 84% of the latter from 4096
+//! tokens on where nobody else is on the core.
 
 #![allow(clippy::undocumented_unsafe_blocks, clippy::missing_safety_doc)] // one contract: vector.rs, and the field docs below
 #![allow(unsafe_op_in_unsafe_fn)]
