@@ -10,13 +10,22 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["JsonFile", "has_a_place", "write_json"]
+__all__ = ["JsonFile", "has_a_place", "makes_a_folder", "write_json"]
 
 
 def has_a_place(path: Path | None) -> Path | None:
     """Said before the work, which may take hours."""
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
         raise typer.BadParameter(f"expected a file in a folder that can be written to, got {path}")
+    return path
+
+
+def makes_a_folder(path: Path | None) -> Path | None:
+    """Said before the work, too: whether results have a folder, or can get one."""
+    if path is not None:
+        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise typer.BadParameter(f"expected a folder that can be written to, got {path}")
     return path
 
 

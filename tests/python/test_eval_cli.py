@@ -123,6 +123,12 @@ def test_ruler(checkpoint, tmp_path):
         (["needle", "demo", "--dtype", "int3"], "dtype: expected one of bf16, f16, f32, got 'int3'"),
         (["ruler", "demo", "--tasks", "nope"], "tasks: expected some of"),
         (["ruler", "demo", "--tasks", "qa"], "tasks: expected a file in SQuAD's form"),
+        (
+            ["needle", "demo", "--out", "file"],
+            "Invalid value for '--out': expected a folder that can be written to, got file",
+        ),
+        (["ruler", "demo", "--out", "file/in/it"], "expected a folder that can be written to, got file/in/it"),
+        (["needle", "demo", "--hay", "file"], "hay: expected some text, got 'file' with none"),
         (["ruler", "./nowhere"], "model: expected a folder, a name on the hub"),
     ],
 )
@@ -130,6 +136,7 @@ def test_what_is_refused_before_a_model_is_loaded(words, message, monkeypatch, t
     import transformers
 
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     monkeypatch.setattr(transformers, "AutoModelForCausalLM", None)
     answer = call(*words)
     assert answer.exit_code in (1, 2), answer.output

@@ -362,6 +362,12 @@ def test_one_process_at_a_time(tmp_path):
     Cells(tmp_path, {}, ("n",)).close()
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="out: expected a folder, got the file"):
+        Cells(tmp_path / "file", {}, ("n",))
+
+
 KILLED = """
 import sys, time, torch
 torch.set_num_threads(1)

@@ -341,6 +341,9 @@ def test_the_command(command, tmp_path, one_thread):
     ):
         failed = command(*words, *wrong)
         assert failed.exit_code == 1 and f"error: {said}" in failed.output.replace("\n", " "), failed.output
+    (tmp_path / "file").touch()
+    failed = command(*words, "--out", tmp_path / "file")
+    assert failed.exit_code == 2 and "expected a folder that can be written to" in failed.output
 
 
 def test_the_command_is_stopped(command, tmp_path, monkeypatch):

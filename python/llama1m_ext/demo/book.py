@@ -29,8 +29,8 @@ def load_book() -> str:
     return data.decode("utf-8")
 
 
-def load_text(path: str | Path) -> str:
-    """A user's own UTF-8 text file, plain or packed (.xz).
+def load_text(path: str | Path, name: str = "text") -> str:
+    """A user's own UTF-8 text file, plain or packed (.xz). Errors begin with `name`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -38,17 +38,17 @@ def load_text(path: str | Path) -> str:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"text: expected a file, got {str(path)!r}")
+        raise FileNotFoundError(f"{name}: expected a file, got {str(path)!r}")
     data = path.read_bytes()
     if path.suffix == ".xz":
         try:
             data = lzma.decompress(data)
         except lzma.LZMAError as error:
-            raise ValueError(f"text: {str(path)!r} does not unpack as .xz ({error})") from None
+            raise ValueError(f"{name}: {str(path)!r} does not unpack as .xz ({error})") from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"text: expected UTF-8, got {str(path)!r} with {error}") from None
+        raise ValueError(f"{name}: expected UTF-8, got {str(path)!r} with {error}") from None
     if not text.strip():
-        raise ValueError(f"text: expected some text, got {str(path)!r} with none")
+        raise ValueError(f"{name}: expected some text, got {str(path)!r} with none")
     return text.replace("\r\n", "\n")

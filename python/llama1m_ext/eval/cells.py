@@ -38,6 +38,7 @@ class Cells:
 
     Raises:
         OtherSettings: the folder has results under other settings; names each difference.
+        FileExistsError: a file is there in place of the folder.
         ValueError: the file is damaged, or another process writes to it.
     """
 
@@ -45,6 +46,8 @@ class Cells:
         self.keys, self._found, self._fd = keys, dict[tuple[Any, ...], dict[str, Any]](), -1
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise FileExistsError(f"out: expected a folder, got the file {str(self.folder)!r}")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.folder / CELLS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:

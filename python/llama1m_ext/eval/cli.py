@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..report_file import JsonFile, has_a_place, write_json
+from ..report_file import JsonFile, has_a_place, makes_a_folder, write_json
 
 
 def _file(path: Path | None) -> Path | None:
@@ -32,7 +32,10 @@ def _can_draw(path: Path | None) -> Path | None:
 
 Model = Annotated[str, typer.Argument(help='A folder, a name on the hub, or "demo": the model that ships with it.')]
 Out = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Results, as they come: a run that was killed goes on there.")
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Results, as they come: a run that was killed goes on there.", callback=makes_a_folder
+    ),
 ]
 Hay = Annotated[
     Path | None,
@@ -125,7 +128,7 @@ def needle(
         from llama1m_ext.eval.load import depths as parsed
         from llama1m_ext.eval.load import load, numbers, read_text
 
-        sizes, places, content = numbers("lengths", lengths), parsed(depths), read_text(hay)
+        sizes, places, content = numbers("lengths", lengths), parsed(depths), read_text(hay, "hay")
         _use(threads)
         from llama1m_ext.eval import kinds
         from llama1m_ext.eval import needle as module
@@ -179,7 +182,7 @@ def ruler(
     with _told():
         from llama1m_ext.eval.load import load, numbers, read_text
 
-        sizes, content = numbers("lengths", lengths), read_text(hay)
+        sizes, content = numbers("lengths", lengths), read_text(hay, "hay")
         _use(threads)
         from llama1m_ext.eval import ruler as module
 

@@ -65,13 +65,13 @@ def load(model: str, dtype: str | None = None, kv: str | None = None) -> tuple[A
     return found.eval(), tokenizer
 
 
-def read_text(path: Path | None) -> str | None:
-    """A text file's content; None stays None."""
+def read_text(path: Path | None, name: str = "text") -> str | None:
+    """A text file's content; None stays None. Errors begin with `name`."""
     if path is None:
         return None
     from llama1m_ext.demo.book import load_text
 
-    return load_text(path)
+    return load_text(path, name)
 
 
 def numbers(name: str, text: str) -> list[int]:

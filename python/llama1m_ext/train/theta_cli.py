@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..report_file import makes_a_folder
+
 INTERRUPTED = 130
 
 
@@ -22,7 +24,9 @@ def theta_search(
     needles: Annotated[int, typer.Option(min=0, help="Hidden for each theta. 0: the text alone decides.")] = 8,
     kind: Annotated[str, typer.Option(help="Of the needles: passkey, kv, sentence.")] = "passkey",
     windows: Annotated[int, typer.Option(min=1, help="Pieces of the text read for each theta.")] = 1,
-    out: Annotated[Path, typer.Option(help="A folder for evaluations, JSON and picture.")] = Path("theta-search"),
+    out: Annotated[
+        Path, typer.Option(help="A folder for evaluations, JSON and picture.", callback=makes_a_folder)
+    ] = Path("theta-search"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in that folder.")] = False,
     span: Annotated[str, typer.Option(help="The grid's ends, as multiples of the critical base.")] = "0.5,2",
     points: Annotated[int, typer.Option(min=2, help="Of the grid.")] = 5,
