@@ -373,6 +373,44 @@ def test_a_run_that_is_done_goes_on_to_nothing(tmp_path):
     assert torch.equal(made.model.lm_head.weight, weights(tmp_path / "out/2-64")["lm_head.weight"])
 
 
+def test_what_was_said_of_a_stage_that_is_done_stays(tmp_path):
+    out, seen = tmp_path / "out", []
+
+    def evaluate(model, stage, folder):
+        seen.append(stage.name)
+        if len(seen) == 2:
+            raise RuntimeError("enough")
+        return {"perplexity": float(len(seen))}
+
+    def said():
+        lines = [line for line in read_log(out) if line["kind"] != "step"]
+        return [(line["kind"], line["stage_number"], line.get("perplexity")) for line in lines]
+
+    with pytest.raises(RuntimeError, match="enough"):
+        run(out, evaluate=evaluate)
+    first = [("stage", 1, None), ("evaluation", 1, 1.0), ("stage", 2, None)]
+    assert said() == first
+    for _ in range(2):  # what is lacking comes, once
+        run(out, resume=True, evaluate=evaluate)
+        assert said() == [*first, ("evaluation", 2, 3.0)]
+    assert seen == ["32", "64", "64"]
+
+
+def test_a_stage_s_folder_that_was_removed(tmp_path):
+    """It does not come again with the weights of a later stage."""
+    import shutil
+
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="enough"):
+        run(out, checkpoint_steps=2, on_step=lambda step: step.stage == "64" and _until(3)(step))
+    shutil.rmtree(out / "1-32")
+    run(out, checkpoint_steps=2, resume=True)
+    assert not (out / "1-32").exists() and (out / "2-64").is_dir()
+    shutil.rmtree(out / "2-64")
+    made = run(out, checkpoint_steps=2, resume=True)
+    assert torch.equal(made.model.lm_head.weight, weights(out / "2-64")["lm_head.weight"])
+
+
 def test_damaged_checkpoints(tmp_path, uninterrupted, capsys):
     out = tmp_path / "out"
     with pytest.raises(RuntimeError, match="enough"):

@@ -32,7 +32,7 @@ class Journal:
     def __init__(self, out: Path, logs: Sequence[str], at: At | None, run: dict[str, Any]) -> None:
         check(logs)
         self.path = out / FILE
-        _cut(self.path, at)
+        self._before = {(line["kind"], line.get("stage_number")) for line in _cut(self.path, at)}
         self._file = self.path.open("a", encoding="utf-8")
         self._total = 0
         self._writer = self._wandb = None
@@ -68,6 +68,10 @@ class Journal:
         line = {"kind": kind, "time": round(time.time(), 3), **body}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+    def has(self, kind: str, stage_number: int) -> bool:
+        """Was such a line there when the run went on?"""
+        return (kind, stage_number) in self._before
 
     def close(self) -> None:
         self._file.close()
@@ -107,10 +111,10 @@ def read(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def _cut(path: Path, at: At | None) -> None:
-    """Drops steps that come again, and a line that was cut."""
+def _cut(path: Path, at: At | None) -> list[dict[str, Any]]:
+    """Drops what comes again, and a line that was cut. What is left."""
     if not path.exists():
-        return
+        return []
     kept = [line for line in read(path.parent) if not _comes_again(line, at)]
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -118,6 +122,7 @@ def _cut(path: Path, at: At | None) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    return kept
 
 
 def _comes_again(line: dict[str, Any], at: At | None) -> bool:
@@ -127,4 +132,5 @@ def _comes_again(line: dict[str, Any], at: At | None) -> bool:
     done = (0, 0) if at is None else (at.stage + 1, at.step)
     if line["kind"] == "step":
         return (stage, line["step"]) > done
-    return stage > done[0] or (stage == done[0] and line["kind"] in ("stage", "evaluation"))
+    # What was said of a stage that is done is not said again.
+    return stage > done[0] or (stage == done[0] and not (at is not None and at.ended))

@@ -282,10 +282,10 @@ class _Trainer:
         theta, positions = rotation.turn_to(self.model, stage)
         folder = self.out / f"{i + 1}-{stage.name}"
         at = self.at
-        if at is not None and (at.stage > i or (at.stage == i and at.ended)):
-            step, loss = (at.step if at.stage == i else stage.steps), math.nan
-            if self.devices.first_says(folder.is_dir()):
-                return Done(stage.name, stage.length, theta, step, loss, folder)
+        if at is not None and at.stage > i:  # the weights are a later stage's: if its folder was removed, it is gone
+            return Done(stage.name, stage.length, theta, stage.steps, math.nan, folder)
+        if at is not None and at.stage == i and at.ended:
+            step, loss = at.step, math.nan
         else:
             step, loss = self._trained(i, stage)
         return self._finish(i, stage, theta, positions, step, loss, folder)
@@ -312,9 +312,10 @@ class _Trainer:
         if not self.devices.first_says(folder.is_dir()):
             models.save(self.model, folder, self.settings, self.devices, self.source, self.tokenizer, positions)
         about = {"stage": stage.name, "stage_number": i + 1}
-        if self.journal is not None:
+        if self.journal is not None and not self.journal.has("stage", i + 1):
             self.journal.note("stage", **about, steps=step, folder=folder.name, theta=theta, length=stage.length)
-        if self.evaluate is not None:
+        known = self.journal is not None and self.journal.has("evaluation", i + 1)
+        if self.evaluate is not None and not self.devices.first_says(known):
             self.model.eval()
             found = self.evaluate(self.model, stage, folder)
             self.model.train()
