@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import llama1m_ext
 from conftest import stock
 from crew import fresh
-from llama1m_ext import testing
+from llama1m_ext import tensorfile, testing
 from llama1m_ext.rope import theta_for
 from llama1m_ext.train import Interrupted, Lora, Run, Stage, StagesError, extend
 from llama1m_ext.train.journal import read as read_log
@@ -430,6 +430,41 @@ def test_damaged_checkpoints(tmp_path, uninterrupted, capsys):
         os.truncate(path / "rank-0.safetensors", 1000)
     with pytest.raises(Damaged, match="expected a whole checkpoint, got 2 damaged"):
         run(out, dtype="bfloat16", checkpoint_steps=2, resume=True)
+
+
+def test_the_only_checkpoint_is_never_given_up_for_the_next(tmp_path, monkeypatch):
+    """Ctrl-C in a stage's last step; then the disk is full when that stage ends."""
+    out = tmp_path / "out"
+    more = {"stages": STAGES[:1], "checkpoints": 1}
+    with pytest.raises(Interrupted):
+        run(out, on_step=lambda step: step.step == 8 and os.kill(os.getpid(), signal.SIGINT), **more)
+    before = [path.name for path in found(out)]
+    assert before == ["01-0000008"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tensorfile, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(out, resume=True, **more)
+    assert [path.name for path in found(out)] == before
+    run(out, resume=True, **more)
+    assert [path.name for path in found(out)] == ["01-0000008-ended"]
+
+
+def test_a_damaged_checkpoint_does_not_push_out_whole_ones(tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="enough"):
+        run(out, dtype="bfloat16", checkpoint_steps=2, on_step=_until(7))
+    os.truncate(found(out)[0] / "rank-0.safetensors", 1000)
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            stop = {"on_step": lambda step: os.kill(os.getpid(), signal.SIGINT)}
+            run(out, dtype="bfloat16", checkpoints=1, resume=True, **stop)
+    assert found(out)[0].name == "01-0000006"
+    run(out, dtype="bfloat16", checkpoints=1, resume=True)
+    assert same(out / "2-64", uninterrupted / "2-64")
 
 
 def _until(n: int):

@@ -492,7 +492,7 @@ class _Trainer:
             tensors = [*optimizer.state(), *tensors]
         saves.write(self.out, at, tensors, {}, self.devices)
         if self.devices.is_first:
-            saves.prune(self.out, self.settings.checkpoints)
+            saves.prune(self.out, self.settings.checkpoints, at)
 
     def _checkpoint_bytes(self) -> int:
         """Of this rank's checkpoint: float32 weights and both moments."""

@@ -1,6 +1,6 @@
 """Checkpoints of a training run: written whole or not at all, checked when they are read, the last few of them kept.
 
-A checkpoint is a folder `checkpoints/<stage>-<step>` with one file of tensors for each rank. What is in it goes on to the
+A checkpoint is a folder `checkpoints/<stage>-<step>` (or `...-ended`) with one file of tensors for each rank. What is in it goes on to the
 same bits: float32 weights, both moments, the states of the random generators, and how far the run was.
 """
 
@@ -37,7 +37,8 @@ class At:
 
     @property
     def name(self) -> str:
-        return f"{self.stage + 1:02d}-{self.step:07d}"
+        """The last one of a stage beside the one of its last step, which may be there already: none is ever replaced."""
+        return f"{self.stage + 1:02d}-{self.step:07d}{'-ended' if self.ended else ''}"
 
 
 class Damaged(ValueError):
@@ -61,7 +62,7 @@ def write(out: Path, at: At, tensors: Iterable[tuple[str, Tensor]], facts: dict[
 
     if devices.is_first:
         parent.mkdir(exist_ok=True)
-        if target.exists():  # the same state, written before: by a signal, then by the clock
+        if target.exists():  # one that could not be read, or the run would have gone on from it
             shutil.rmtree(target)
     if devices.world_size == 1:
         with folders.becoming(target) as made:
@@ -79,9 +80,9 @@ def write(out: Path, at: At, tensors: Iterable[tuple[str, Tensor]], facts: dict[
     return target
 
 
-def prune(out: Path, keep: int) -> None:
-    """Removes all but the newest `keep`."""
-    for path in found(out)[keep:]:
+def prune(out: Path, keep: int, at: At) -> None:
+    """Removes all but the newest `keep` up to `at`: those of later steps could not be read, and count for nothing."""
+    for path in [path for path in found(out) if path.name <= at.name][keep:]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -91,7 +92,7 @@ def found(out: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     return sorted(
-        (p for p in parent.iterdir() if re.fullmatch(r"\d+-\d{7}", p.name)), key=lambda p: p.name, reverse=True
+        (p for p in parent.iterdir() if re.fullmatch(r"\d+-\d{7}(-ended)?", p.name)), key=lambda p: p.name, reverse=True
     )
 
 
