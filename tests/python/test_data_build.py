@@ -685,6 +685,25 @@ def test_going_on_needs_the_same(tmp_path, tokenizer, source):
         build(source, out, tokenizer, **options)
 
 
+def test_going_on_removes_nothing_of_others(tmp_path, tokenizer, source):
+    mine = tmp_path / "rows.partial"
+    mine.mkdir()
+    for name in ("data-00000.arrow", "notes.txt"):
+        (mine / name).write_text("mine")
+        with pytest.raises(FileExistsError, match=f"expected what a build has left there, got {name} in it"):
+            build(source, tmp_path / "rows", tokenizer, resume=True)
+        assert [path.read_text() for path in mine.iterdir()] == ["mine"]
+        (mine / name).unlink()
+    build(source, tmp_path / "rows", tokenizer, resume=True)
+
+    out, options = tmp_path / "more", {"shard_tokens": 128}
+    assert os.WTERMSIG(kill_at(60, source, out, tokenizer, **options)) == signal.SIGKILL
+    (tmp_path / "more.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"more\.partial: expected .*, got notes\.txt in it"):
+        build(source, out, tokenizer, resume=True, **options)
+    assert (tmp_path / "more.partial" / "notes.txt").read_text() == "mine"
+
+
 def test_a_worker_that_is_killed_is_said(tmp_path, tokenizer, source, monkeypatch):
     start = crew.subprocess.Popen
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,10 @@ from .shards import Shards, sync_folder, write_json
 
 STATE = "progress.json"
 _LOCK = "lock"
+_OURS = re.compile(
+    r"(lock|(progress|statistics|state|dataset_info|llama1m)\.json|lengths\.png|data-\d+\.arrow|waiting-\d+\.npz)(\.part)?"
+)
+"""All that a build ever has in its folder."""
 
 
 class Journal:
@@ -37,13 +42,17 @@ class Journal:
             The state to go on from, if there is one.
 
         Raises:
-            FileExistsError: it is there, and not to be gone on with.
+            FileExistsError: it is there, and not to be gone on with, or has something in it that isn't a build's.
             ValueError: it was begun with other options, or a file of it is not as it was.
             BlockingIOError: another process is at it.
         """
         if not resume and os.path.lexists(self.folder):
             raise FileExistsError(f"{self.folder}: a build was begun there; resume it, or remove the folder")
         self.folder.mkdir(exist_ok=resume)
+        there = sorted(path.name for path in self.folder.iterdir())
+        strange = [name for name in there if _LOCK not in there or not _OURS.fullmatch(name)]
+        if strange:  # what a killed build began is removed, and nothing else
+            raise FileExistsError(f"{self.folder}: expected what a build has left there, got {strange[0]} in it")
         self._lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
