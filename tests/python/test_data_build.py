@@ -168,6 +168,24 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, tokenizer, m
 KILLED_BEFORE = ("fsync", "replace", "rename", "unlink")
 
 
+def test_a_bad_row_matters_when_its_turn_comes(tmp_path, tokenizer, monkeypatch):
+    """Not when it is read ahead, which is further with more workers."""
+    monkeypatch.setattr("llama1m_ext.data.assembly._BATCH_DOCUMENTS", 8)
+    monkeypatch.setattr(checks, "LOOKED_AT", 4)
+    good, bad = {"text": "rope " * 30, "source": "web"}, {"text": None, "source": "web"}
+    options = {"source_field": "source", "shuffle": 0, "upsample_below": 0}
+    for workers in (1, 2):
+        rows = [*[good] * 20, bad]
+        made = build([rows], tmp_path / f"enough-{workers}", tokenizer, tokens=128 * 4, workers=workers, **options)
+        assert made.rows == 4
+        rows = [*[good] * 60, bad]
+        with pytest.raises(ValueError, match="source0:60: text: expected text, got NoneType"):
+            build([rows], tmp_path / f"all-{workers}", tokenizer, workers=workers, **{**options, "shard_tokens": 128})
+        state = json.loads((tmp_path / f"all-{workers}.partial" / "progress.json").read_text())
+        assert state["rows"] == 8  # all that 60 documents give, but for what waits
+    assert contents(tmp_path / "enough-1") == contents(tmp_path / "enough-2")
+
+
 def kill_at(step: int, source: Path, out: Path, tokenizer: Any, **options: Any) -> int:
     """A build killed before its call number `step` of those that change the disk. Returns its wait status."""
     calls = 0

@@ -139,8 +139,14 @@ class Assembly:
     def _batches(self, documents: Iterator[Document]) -> Iterator[Batch]:
         candidates: list[Candidate] = []
         texts: list[str] = []
-        chars = 0
-        for document in documents:
+        chars, wrong = 0, None
+        while True:
+            try:
+                document = next(documents, None)
+            except Exception as error:  # after those before it
+                document, wrong = None, error
+            if document is None:
+                break
             candidate = self._candidate(document, len(texts))
             candidates.append(candidate)
             chars += len(document.text)
@@ -151,6 +157,8 @@ class Assembly:
                 candidates, texts, chars = [], [], 0
         if candidates:
             yield candidates, texts
+        if wrong is not None:
+            raise wrong
 
     def _candidate(self, document: Document, place: int) -> Candidate:
         """Read ahead of what is decided: which sources are wanted may change until its turn comes."""

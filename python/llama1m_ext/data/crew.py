@@ -68,7 +68,8 @@ class Crew(Generic[Batch]):
                         pass
 
     def map(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[np.ndarray]]]:
-        """Each batch with its tokens. Two batches for each worker are read ahead.
+        """Each batch with its tokens. Two batches for each worker are read ahead; what goes wrong there is raised when its
+        turn comes, as with one worker, and maybe never.
 
         Raises:
             RuntimeError: a process failed or was killed.
@@ -79,14 +80,22 @@ class Crew(Generic[Batch]):
                 yield batch, self.encoder(texts) if texts else []
             return
         under_way: deque[tuple[Batch, Future[list[np.ndarray]]]] = deque()
-        for batch in batches:
-            under_way.append((batch, self._threads.submit(self._encode, self._texts_of(batch))))
-            if len(under_way) >= 2 * self._workers:
+        more, wrong = True, None
+        while more or under_way:
+            while more and len(under_way) < 2 * self._workers:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    more = False
+                except Exception as error:
+                    more, wrong = False, error
+                else:
+                    under_way.append((batch, self._threads.submit(self._encode, self._texts_of(batch))))
+            if under_way:
                 first, future = under_way.popleft()
                 yield first, future.result()
-        while under_way:
-            first, future = under_way.popleft()
-            yield first, future.result()
+        if wrong is not None:
+            raise wrong
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         if not texts:
