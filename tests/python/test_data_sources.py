@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from collections import Counter
 
 import pyarrow as pa
@@ -88,6 +89,31 @@ def test_half_a_surrogate_pair_is_no_text_that_can_be_tokenised():
     assert pairs(read([rows])) == [("a\ufffd b \U0001f600", "s")]
 
 
+def test_names_that_are_not_utf_8_become_it(tmp_path):
+    """They are written into the rows."""
+    rows = [{"text": "a", "meta": {"redpajama_set_name": "\ud83d"}}]
+    assert pairs(read([rows])) == [("a", "\ufffd")]
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")
+    path.write_bytes(LINES)
+    assert read(path)[0].id == "\ufffd.jsonl:0"
+    assert [part.name for part in resolve([path, path])] == ["\ufffd.jsonl", "\ufffd.jsonl~2"]
+
+
+def test_text_of_arrow_that_is_not_utf_8_is_named_or_skipped(tmp_path):
+    import datasets
+
+    some = pa.array([b"some text", *[b"more"] * 30, b"\xff", b"last"])
+    wrong = pa.Array.from_buffers(pa.string(), len(some), some.buffers())
+    pq.write_table(pa.table({"text": wrong}), tmp_path / "a.parquet")
+    saved = datasets.Dataset(pa.table({"text": wrong}))
+    for source, who in ((tmp_path / "a.parquet", r"a\.parquet"), (saved, "source0")):
+        with pytest.raises(SourceError, match=f"{who}: row 31: expected text in UTF-8, got .*0xff"):
+            read([source], Fields(source=None))
+        documents = read([source], Fields(source=None, skip_bad=True))
+        assert [document.text for document in documents] == ["some text", *["more"] * 30, "", "last"]
+        assert [document.bad for document in documents] == [False] * 31 + [True, False]
+
+
 WRONG = [
     ('{"content": "a", "id": 3}', "rows.jsonl:0: expected a field 'text', got the keys content, id"),
     (
@@ -99,10 +125,12 @@ WRONG = [
     ('{"text": 3, "meta": {"redpajama_set_name": "a"}}', "rows.jsonl:0: text: expected text, got int"),
     ('{"text": "a"', r"rows\.jsonl: line 1: expected a JSON object, got "),
     ("[1]", r"rows\.jsonl: line 1: expected a JSON object, got list"),
+    ('{"text": ' + "[" * 100_000, r"rows\.jsonl: line 1: expected a JSON object, got maximum recursion depth"),
+    ('{"text": "a", "meta": "' + "[" * 100_000 + '"}', "got in meta the keys str, no keys"),
 ]
 
 
-@pytest.mark.parametrize("line, said", WRONG)
+@pytest.mark.parametrize("line, said", WRONG, ids=[said for _, said in WRONG])
 def test_a_bad_row_is_named_or_skipped(tmp_path, line, said):
     path = tmp_path / "rows.jsonl"
     path.write_text(line + "\n" + LINES.decode())

@@ -76,7 +76,7 @@ class Fields:
     def _source(self, row: Any, name: str) -> str:
         assert self.source is not None
         try:
-            return _look_up(row, self.source, name)
+            return _encodable(_look_up(row, self.source, name))
         except RowError as error:
             raise RowError(f"{error}; without a source field, a source is a file") from None
 
@@ -87,7 +87,7 @@ def _look_up(row: Any, field: str, name: str) -> str:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 pass
         if not isinstance(value, Mapping) or key not in value:
             there = ", ".join(map(str, value)) if isinstance(value, Mapping) else f"{type(value).__name__}, no keys"

@@ -74,8 +74,9 @@ def resolve(sources: Any) -> list[Part]:
     seen: dict[str, int] = {}
     unique = []
     for part in parts:
-        times = seen[part.name] = seen.get(part.name, 0) + 1
-        name = part.name if times == 1 else f"{part.name}~{times}"
+        name = part.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # files may have any
+        times = seen[name] = seen.get(name, 0) + 1
+        name = name if times == 1 else f"{name}~{times}"
         unique.append(Part(name, part.digest, part.nbytes, part.read))
     return unique
 
@@ -123,7 +124,7 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any] | RowError]:
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield RowError(f"{path}: line {number}: expected a JSON object, got {error}")
                     continue
                 if isinstance(row, dict):
@@ -146,16 +147,29 @@ def _opened(path: Path) -> Any:
     return open(path, "rb")
 
 
-def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Mapping[str, Any] | RowError]:
     import pyarrow.parquet as pq
 
+    first = 0
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             _must_have(columns, file.schema_arrow.names, str(path))
             for batch in file.iter_batches(_ROWS, columns=list(columns), use_threads=False):
-                yield from batch.to_pylist()
+                yield from _rows(batch, str(path), first)
+                first += len(batch)
     except (OSError, pa.ArrowException) as error:
         raise SourceError(f"{path}: expected parquet, got {error}") from None
+
+
+def _rows(table: Any, who: str, first: int) -> list[Mapping[str, Any] | RowError]:
+    """Of a few rows of Arrow, of which `first` is the number of the first; text that isn't UTF-8 spoils its own only."""
+    try:
+        made: list[Mapping[str, Any] | RowError] = table.to_pylist()
+        return made
+    except UnicodeDecodeError as error:
+        if len(table) == 1:
+            return [RowError(f"{who}: row {first}: expected text in UTF-8, got {error}")]
+    return [row for i in range(len(table)) for row in _rows(table.slice(i, 1), who, first + i)]
 
 
 def _must_have(columns: Sequence[str], there: Sequence[str], who: str) -> None:
@@ -191,10 +205,10 @@ def _of_hub(name: str) -> Part:
 
 
 def _of_dataset(loaded: Any, name: str) -> Part:
-    def read(columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    def read(columns: Sequence[str]) -> Iterator[Mapping[str, Any] | RowError]:
         _must_have(columns, loaded.column_names, name)
-        for table in loaded.select_columns(list(columns)).with_format("arrow").iter(_ROWS):
-            yield from table.to_pylist()
+        for i, table in enumerate(loaded.select_columns(list(columns)).with_format("arrow").iter(_ROWS)):
+            yield from _rows(table, name, i * _ROWS)
 
     return Part(name, f"{len(loaded)}:{loaded._fingerprint}", loaded.dataset_size or 0, read)
 
