@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -595,6 +596,8 @@ def test_a_loss_that_is_not_finite(tmp_path):
             "schedule: expected one of constant, linear, cosine, got 'step'",
         ),
         ([{"length": 32, "steps": 1, "name": "../x"}], "name: expected the name of a folder"),
+        ([{"length": 32, "steps": 1, "name": "a\0b"}], "name: expected the name of a folder"),
+        ([{"length": 32, "steps": 1, "name": "x" * 201}], "name: expected at most 200 bytes, got 201"),
         ([{"length": 32, "steps": 1}] * 2, "expected different names, got '32' 2 times"),
         (
             [{"length": 32, "steps": 1, "batch_size": 4, "rows_at_once": 3}],
@@ -613,6 +616,20 @@ def test_stages_that_make_no_sense(tmp_path, stages, message):
 def test_settings_that_make_no_sense(tmp_path):
     with pytest.raises(StagesError, match="keep: expected one of"):
         run(tmp_path / "out", keep="most")
+    for dtype in ("", False, ["bfloat16"]):
+        with pytest.raises(StagesError, match=f"dtype: expected one of float32, bfloat16, got {re.escape(repr(dtype))}"):
+            run(tmp_path / "out", dtype=dtype)
+    with pytest.raises(StagesError, match="save_dtype: expected one of float32, bfloat16, got 0"):
+        run(tmp_path / "out", save_dtype=0)
+    with pytest.raises(StagesError, match=f"seed: expected a whole number below {1 << 32}, got {1 << 63}"):
+        run(tmp_path / "out", seed=1 << 63)
+    with pytest.raises(StagesError, match="lora: targets: expected a list of names, got 5"):
+        run(tmp_path / "out", lora={"targets": 5})
+    for field in ("targets", "also"):  # whether all of them are wrong or one
+        with pytest.raises(ValueError, match=f"lora: {field}: expected names of modules that the model has, got 'nrom'"):
+            run(tmp_path / "out", lora={field: ["q_proj", "nrom"]})
+    with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'gpu'"):
+        run(tmp_path / "out", device="gpu")
     with pytest.raises(StagesError, match='autocast: expected dtype = "float32" with it'):
         run(tmp_path / "out", dtype="bfloat16", autocast=True)
     with pytest.raises(ValueError, match=r"sequence_parallel: expected a divisor of the 1 processes .*, got 2"):

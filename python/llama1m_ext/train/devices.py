@@ -119,7 +119,10 @@ def join(device: str | torch.device | None = None) -> Devices:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         at = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     else:
-        at = torch.device(device)
+        try:
+            at = torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
         if at.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device: expected one that torch sees, got {device}")
         if at.type == "cuda" and at.index is None:

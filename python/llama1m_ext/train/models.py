@@ -56,6 +56,11 @@ def with_adapters(model: Any, lora: Lora) -> Any:
         raise ValueError(
             "lora: expected a model without adapters, got one that has some: leave lora out to train those"
         )
+    names = [name for name, _ in model.named_modules()]
+    for field, words in (("targets", lora.targets), ("also", lora.also)):
+        for word in words:  # PEFT passes over those that it does not find, if it finds one
+            if not any(f".{name}".endswith(f".{word}" if field == "targets" else word) for name in names):
+                raise ValueError(f"lora: {field}: expected names of modules that the model has, got {word!r}")
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

@@ -17,6 +17,8 @@ KEEP = ("auto", "all", "attention", "inputs")
 OFFLOAD = ("none", "host", "disk")
 DEVICES = ("replicate", "shard")
 DTYPES = ("float32", "bfloat16")
+_NAME_BYTES = 200
+"""Of a stage's name: its folder has a number before it, and more while it is written."""
 _ALIASES = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -301,8 +303,10 @@ def _stage(i: int, given: Any, defaults: Mapping[str, Any]) -> Stage:
         raise StagesError(f"{where}: betas: expected numbers below 1, got {list(betas)}")
     _one_of(where, "schedule", fields.get("schedule", "constant"), SCHEDULES)
     name = fields.setdefault("name", "") or _named(fields["length"])
-    if not isinstance(name, str) or not name.strip() or "/" in name or name.startswith("."):
+    if not isinstance(name, str) or not name.strip() or {"/", "\0"} & {*name} or name.startswith("."):
         raise StagesError(f"{where}: name: expected the name of a folder, got {name!r}")
+    if len(name.encode()) > _NAME_BYTES:
+        raise StagesError(f"{where}: name: expected at most {_NAME_BYTES} bytes, got {len(name.encode())}")
     fields["name"] = name
     for text in ("data", "method"):
         if not isinstance(fields.get(text), (str, type(None))):
@@ -319,11 +323,13 @@ def _settings(given: Mapping[str, Any]) -> Settings:
     for name, least in (("seed", 0), ("chunk", 1), ("ce_chunk", 0), ("checkpoint_steps", 0), ("checkpoints", 1)):
         if name in fields:
             _whole(where, name, fields[name], least)
+    if fields.get("seed", 0) >= 1 << 32:
+        raise StagesError(f"{where}: seed: expected a whole number below {1 << 32}, got {fields['seed']}")
     if "checkpoint_minutes" in fields:
         fields["checkpoint_minutes"] = _real(where, "checkpoint_minutes", fields["checkpoint_minutes"], 0.0)
     for name in ("dtype", "save_dtype"):
-        if fields.get(name):
-            fields[name] = _ALIASES.get(fields[name], fields[name])
+        if name in fields and (name, fields[name]) != ("save_dtype", ""):
+            fields[name] = _ALIASES.get(fields[name], fields[name]) if isinstance(fields[name], str) else fields[name]
             _one_of(where, name, fields[name], DTYPES)
     if not isinstance(fields.get("autocast", False), bool):
         raise StagesError(f"{where}: autocast: expected true or false, got {fields['autocast']!r}")
@@ -359,7 +365,7 @@ def _lora(given: Mapping[str, Any]) -> Lora:
         raise StagesError(f"lora: dropout: expected a share below 1, got {fields['dropout']}")
     for name in ("targets", "also"):
         if name in fields:
-            if isinstance(fields[name], str) or not all(isinstance(word, str) for word in fields[name]):
+            if not isinstance(fields[name], (list, tuple)) or not all(isinstance(word, str) for word in fields[name]):
                 raise StagesError(f"lora: {name}: expected a list of names, got {fields[name]!r}")
             fields[name] = tuple(fields[name])
     return Lora(**fields)
