@@ -702,6 +702,16 @@ def test_command(tmp_path):
         str(tmp_path / "out"),
     ]
     words += ["--data", str(tmp_path / "data")]
+    (tmp_path / "none").write_text("")
+    (tmp_path / "bytes").write_bytes(b"\xff" * 9)
+    for more, said in (
+        (["--eval-text", str(tmp_path / "none")], "eval_text: expected at least 2 tokens in"),
+        (["--eval-text", str(tmp_path / "bytes")], "eval_text: expected text in UTF-8 in"),
+        (["--eval-text", str(tmp_path / "text"), "--eval-tokens", "1"], "eval_tokens: expected 0 or at least 2, got 1"),
+    ):
+        answer = CliRunner().invoke(app, [*words, *more])
+        assert answer.exit_code == 1 and said in answer.output
+        assert not (tmp_path / "out").exists()
     answer = CliRunner().invoke(app, [*words, "--eval-text", str(tmp_path / "text")])
     assert answer.exit_code == 0, answer.output
     assert "1-first: 32 tokens" in answer.output and "2-64: 64 tokens" in answer.output

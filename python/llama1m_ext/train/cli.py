@@ -112,8 +112,15 @@ def _plan(model: str, stages: str | None, settings: dict[str, Any], memory: str 
 def _perplexity(model: str, file: Path, tokens: int) -> Any:
     from transformers import AutoTokenizer
 
-    text = file.read_text(encoding="utf-8")
+    if tokens == 1:
+        raise ValueError("eval_tokens: expected 0 or at least 2, got 1")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"eval_text: expected text in UTF-8 in {file}, got {e}") from None
     ids = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids
+    if ids.shape[1] < 2:
+        raise ValueError(f"eval_text: expected at least 2 tokens in {file}, got {ids.shape[1]}")
 
     def evaluate(model: Any, stage: Any, folder: Path) -> dict[str, Any]:
         from llama1m_ext.eval.ppl import perplexity
