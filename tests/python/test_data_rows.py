@@ -187,6 +187,10 @@ def test_opening_what_is_no_folder_of_rows(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"expected a file that state\.json names"):
         data.open(tmp_path / "rows")
+    for state in ("{}", '{"_data_files": 5}', '{"_data_files": ["a"]}', '{"_data_files": [{"name": "a"}]}'):
+        (tmp_path / "rows" / "state.json").write_text(state)
+        with pytest.raises(ValueError, match=r"state\.json: expected _data_files with filenames, got "):
+            data.open(tmp_path / "rows")
 
 
 @settings(max_examples=20, deadline=None)

@@ -37,7 +37,10 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         self.facts: dict[str, Any] = _json(path / FACTS) if (path / FACTS).is_file() else {}
         self.length: int | None = self.facts.get("length")
         state = _json(path / "state.json")
-        self._names: list[str] = [one["filename"] for one in state["_data_files"]]
+        try:
+            self._names: list[str] = [str(one["filename"]) for one in state["_data_files"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path / 'state.json'}: expected _data_files with filenames, got {error!r}") from None
         for name in self._names:
             if not (path / name).is_file():
                 raise FileNotFoundError(f"{path / name}: expected a file that state.json names")
