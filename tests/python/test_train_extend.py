@@ -460,8 +460,8 @@ def test_a_damaged_checkpoint_does_not_push_out_whole_ones(tmp_path, uninterrupt
         run(out, dtype="bfloat16", checkpoint_steps=2, on_step=_until(7))
     os.truncate(found(out)[0] / "rank-0.safetensors", 1000)
     for _ in range(2):
+        stop = {"on_step": lambda step: os.kill(os.getpid(), signal.SIGINT)}
         with pytest.raises(Interrupted):
-            stop = {"on_step": lambda step: os.kill(os.getpid(), signal.SIGINT)}
             run(out, dtype="bfloat16", checkpoints=1, resume=True, **stop)
     assert found(out)[0].name == "01-0000006"
     run(out, dtype="bfloat16", checkpoints=1, resume=True)
@@ -530,6 +530,21 @@ def test_folders_of_something_else(tmp_path):
         run(tmp_path / "a", model(num_hidden_layers=1), resume=True)
     with pytest.raises(FileExistsError, match=r"data: .*rows': 7.* then, .*rows': 8.* now"):
         run(tmp_path / "a", data={**DATA, "32": Rows(8, 32)}, resume=True)
+
+
+def test_other_rows_in_the_same_number(tmp_path):
+    from llama1m_ext.data import write
+
+    out, more = tmp_path / "out", {"stages": STAGES[:1], "checkpoint_steps": 2}
+    for seed in (0, 1):
+        rows = Rows(4, 32, seed=seed)
+        write([rows[i] for i in range(4)], tmp_path / f"rows-{seed}")
+    with pytest.raises(RuntimeError, match="enough"):
+        run(out, data=tmp_path / "rows-0", on_step=_until(3), **more)
+    with pytest.raises(FileExistsError, match=r"got another one: data: .*'fingerprint': .* then, .* now"):
+        run(out, data=tmp_path / "rows-1", resume=True, **more)
+    (tmp_path / "rows-0").rename(tmp_path / "moved")
+    run(out, data=tmp_path / "moved", resume=True, **more)
 
 
 def test_one_run_at_a_time(tmp_path):
@@ -617,7 +632,9 @@ def test_settings_that_make_no_sense(tmp_path):
     with pytest.raises(StagesError, match="keep: expected one of"):
         run(tmp_path / "out", keep="most")
     for dtype in ("", False, ["bfloat16"]):
-        with pytest.raises(StagesError, match=f"dtype: expected one of float32, bfloat16, got {re.escape(repr(dtype))}"):
+        with pytest.raises(
+            StagesError, match=f"dtype: expected one of float32, bfloat16, got {re.escape(repr(dtype))}"
+        ):
             run(tmp_path / "out", dtype=dtype)
     with pytest.raises(StagesError, match="save_dtype: expected one of float32, bfloat16, got 0"):
         run(tmp_path / "out", save_dtype=0)
@@ -626,7 +643,9 @@ def test_settings_that_make_no_sense(tmp_path):
     with pytest.raises(StagesError, match="lora: targets: expected a list of names, got 5"):
         run(tmp_path / "out", lora={"targets": 5})
     for field in ("targets", "also"):  # whether all of them are wrong or one
-        with pytest.raises(ValueError, match=f"lora: {field}: expected names of modules that the model has, got 'nrom'"):
+        with pytest.raises(
+            ValueError, match=f"lora: {field}: expected names of modules that the model has, got 'nrom'"
+        ):
             run(tmp_path / "out", lora={field: ["q_proj", "nrom"]})
     with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'gpu'"):
         run(tmp_path / "out", device="gpu")

@@ -30,6 +30,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         length: tokens of a row; None if the folder isn't ours and rows may differ.
         columns: what a row has.
         facts: of `build` or `write`: rows, cross_document, and what else they noted.
+        fingerprint: of all rows that `build` or `write` made; None if the folder isn't ours.
     """
 
     def __init__(self, path: Path, columns: Sequence[str] | None, position_ids: bool | None, segments: bool) -> None:
@@ -44,6 +45,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         for name in self._names:
             if not (path / name).is_file():
                 raise FileNotFoundError(f"{path / name}: expected a file that state.json names")
+        self.fingerprint: str | None = state.get("_fingerprint") if self.facts else None
         self._batches: list[Any] | None = None
         self._starts: np.ndarray = np.zeros(1, dtype=np.int64)
         batches = self._open()

@@ -43,6 +43,7 @@ class Data:
         self.stage, self.vocab, self.seed = stage, vocab, seed
         self.where = str(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
         self.rows: Rows = _opened(source, stage)
+        self.fingerprint: str | None = self.rows.fingerprint if isinstance(self.rows, data.Rows) else None
         if len(self.rows) < 1:
             raise ValueError(f"stage {stage.name}: expected rows in {self.where}, got none")
         self.row(0)

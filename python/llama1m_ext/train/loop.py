@@ -464,7 +464,10 @@ class _Trainer:
             "version": 1,
             "run": _plain(self.run.to_dict()),
             "model": {"source": self.source, **identity},
-            "data": [{"stage": data.stage.name, "rows": len(data.rows)} for data in self.data],
+            "data": [
+                {"stage": data.stage.name, "rows": len(data.rows), "fingerprint": data.fingerprint}
+                for data in self.data
+            ],
         }
         if not file.is_file():
             if self.devices.is_first:
@@ -475,7 +478,11 @@ class _Trainer:
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
             differ = list(_differences(known["run"], body["run"]))
-            differ += [f"data: {a} then, {b} now" for a, b in zip(known["data"], body["data"], strict=False) if a != b]
+            differ += [
+                f"data: {a} then, {b} now"
+                for a, b in zip(known["data"], body["data"], strict=False)
+                if any(a[name] != b[name] for name in a.keys() & b.keys())  # older runs have no fingerprints
+            ]
             for name in ("config", "weights"):
                 if known["model"][name] != identity[name]:
                     differ.append(f"the model's {name} are not those that it began with")
