@@ -522,12 +522,18 @@ def test_needles_are_hidden_and_asked_for(tmp_path):
 
 def test_too_few_tokens(tmp_path, tokenizer):
     rows = rows_of(300)
-    options = {"mixture": {"web": 0.05, "code": 0.95}, "tokens": 128 * 400}
+    options = {"mixture": {"web": 0.05, "code": 0.95}, "tokens": 128 * 400, "shard_tokens": 1 << 20}
     with pytest.raises(data.Shortfall, match=r"less than their shares, in tokens: code \d+; the rows made stay in"):
         build([rows], tmp_path / "rows", tokenizer, shortfall="error", **options)
     assert not (tmp_path / "rows").exists()
+    # Fewer than a file has stay all the same.
+    stayed = (tmp_path / "rows.partial" / "data-00000.arrow").read_bytes()
     with pytest.warns(Note) as said:
         made = build([rows], tmp_path / "rows", tokenizer, resume=True, **options)
+    with pytest.warns(Note):
+        build([rows], tmp_path / "at-once", tokenizer, **options)
+    assert contents(tmp_path / "rows") == contents(tmp_path / "at-once")
+    assert stayed == contents(tmp_path / "rows")["data-00000.arrow"]
     notes = [str(one.message) for one in said]
     assert notes == made.statistics["notes"] and made.rows < 1000
     assert (

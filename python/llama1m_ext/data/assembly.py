@@ -209,8 +209,12 @@ class Assembly:
             self.statistics.written(segments)
             self.rows += 1
             if self.shards.add({"input_ids": ids, "segments": segments}):
-                state = {"consumed": self.consumed, "rows": self.rows, "selection": self.selection.state()}
-                self.journal.note(self.shards, self.packer, {**state, "statistics": self.statistics.state()})
+                self.note()
+
+    def note(self) -> None:
+        """All that is in finished files, and all that waits, is safe when this returns."""
+        state = {"consumed": self.consumed, "rows": self.rows, "selection": self.selection.state()}
+        self.journal.note(self.shards, self.packer, {**state, "statistics": self.statistics.state()})
 
     def _enough(self) -> bool:
         return self.selection.done or (self.most is not None and self.rows >= self.most)

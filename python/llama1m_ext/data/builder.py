@@ -195,6 +195,7 @@ def build(
                 run.rest()
             missing = selection.missing() if run.ended else {}
             if missing and shortfall == "error":
+                run.note()
                 raise Shortfall(
                     f"{lacking(missing)}; the rows made stay in {journal.folder}: resume with shortfall keep"
                 )
