@@ -705,6 +705,10 @@ def test_going_on_needs_the_same(tmp_path, tokenizer, source):
     made = build(source, out, tokenizer, resume=True, **options)
     again = build(source, out, tokenizer, resume=True, **options)  # it is whole
     assert again == made
+    with pytest.raises(
+        FileExistsError, match=r"not made with these options: keep: expected 0\.5 as it was made, got 0\.4"
+    ):
+        build(source, out, tokenizer, resume=True, keep=0.4, **options)
     with pytest.raises(FileExistsError, match="it is there already"):
         build(source, out, tokenizer, **options)
 

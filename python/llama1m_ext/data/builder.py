@@ -16,7 +16,7 @@ from .assembly import STATISTICS, Assembly, Batch, Shortfall, lacking
 from .checks import check_needles, check_options, look_at
 from .crew import Crew
 from .documents import SOURCE_FIELD, TEXT_FIELD, Fields, stream
-from .journal import Journal, tidy
+from .journal import Journal, difference, tidy
 from .mixture import Selection
 from .mixture import read as read_mixture
 from .needles import Needles
@@ -212,7 +212,8 @@ def build(
 def _made_before(target: Path, options: Mapping[str, Any]) -> Built:
     facts = json.loads((target / FACTS).read_text(encoding="utf-8")) if (target / FACTS).is_file() else {}
     if facts.get("options") != options:
-        raise FileExistsError(f"{target}: it is there already, and not made with these options")
+        other = difference(facts["options"], options, "made") if "options" in facts else "got none in it"
+        raise FileExistsError(f"{target}: it is there already, and not made with these options: {other}")
     tidy(target)
     made = json.loads((target / STATISTICS).read_text(encoding="utf-8"))
     return Built(target, facts["rows"], facts["length"], made)

@@ -77,10 +77,9 @@ class Journal:
         if not path.is_file():
             return None
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for name in self.options.keys() | state["options"].keys():
-            now, then = self.options.get(name), state["options"].get(name)
-            if now != then:
-                raise ValueError(f"{self.folder}: {name}: expected {_short(then)} as it was begun, got {_short(now)}")
+        other = difference(state["options"], self.options, "begun")
+        if other:
+            raise ValueError(f"{self.folder}: {other}")
         for name, size in state["sizes"].items():
             file = self.folder / name
             there = file.stat().st_size if file.is_file() else None
@@ -134,6 +133,15 @@ def tidy(folder: Path) -> None:
     """What a build leaves in its folder if it is killed right after giving it its name."""
     for name in (STATE, _LOCK):
         (folder / name).unlink(missing_ok=True)
+
+
+def difference(then: Mapping[str, Any], now: Mapping[str, Any], when: str) -> str:
+    """The first option that is another one, in words."""
+    for name in sorted(now.keys() | then.keys()):
+        a, b = then.get(name), now.get(name)
+        if a != b:
+            return f"{name}: expected {_short(a)} as it was {when}, got {_short(b)}"
+    return ""
 
 
 def _short(value: Any) -> str:
