@@ -593,9 +593,11 @@ WRONG = [
     ({"length": 0}, "length: expected 1 to 2147483647 tokens, got 0"),
     ({"tokens": 100}, "tokens: expected those of one row at least, 128, got 100"),
     ({"keep": 1.5}, "keep: expected a probability, 0 to 1, got 1.5"),
-    ({"chars_per_token": 0.0}, "chars_per_token: expected a number over 0, got 0.0"),
+    ({"chars_per_token": 0.0}, "chars_per_token: expected a finite number over 0, got 0.0"),
     ({"workers": 0}, "workers: expected 1 at least, got 0"),
     ({"packing": "tight"}, "packing: expected whole or stream, got 'tight'"),
+    ({"chars_per_token": math.inf}, "chars_per_token: expected a finite number over 0, got inf"),
+    ({"tolerance": math.nan}, "tolerance: expected a difference of shares, 0 to 1, got nan"),
     ({"tails": "cut"}, "tails: expected keep or drop, got 'cut'"),
     ({"bad_rows": "no"}, "bad_rows: expected error or skip, got 'no'"),
     ({"shortfall": "no"}, "shortfall: expected keep or error, got 'no'"),
@@ -636,6 +638,9 @@ def test_what_is_missing_or_there_is_said_before_the_work(tmp_path, tokenizer, s
     without.eos_token = None
     with pytest.raises(ValueError, match="tokenizer: expected one with an EOS token, got None"):
         build(source, tmp_path / "rows", without)
+    for out in (".", "/", ""):
+        with pytest.raises(ValueError, match=f"out: expected a folder to make, got '{out}'"):
+            build(source, out, tokenizer)
     with pytest.raises(FileExistsError, match="source: it is there already"):
         build(source, source, tokenizer)
     with pytest.raises(FileExistsError, match="not made with these options"):
@@ -658,6 +663,9 @@ def test_mixtures_from_files_and_text(tmp_path, tokenizer, source):
         made.append(contents(build(source, tmp_path / f"{i}", tokenizer, **options).path))
     assert made[0] == made[1] == made[2] == made[3]
     assert sum(data.SLIMPAJAMA.values()) == pytest.approx(1, abs=1e-7)
+    (tmp_path / "shares.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"shares\.json: expected JSON or TOML, got .*0xff"):
+        build(source, tmp_path / "rows", tokenizer, mixture=tmp_path / "shares.json", tokens=640)
 
 
 def test_a_mixtures_source_that_does_not_come_soon_is_warned_of(tmp_path, tokenizer, monkeypatch):

@@ -152,7 +152,11 @@ def build(
         tails,
         bad_rows,
         shortfall,
+        tolerance,
     )
+    target = Path(out)
+    if not target.name:
+        raise ValueError(f"out: expected a folder to make, got {os.fspath(out)!r}")
     shares = read_mixture(mixture)
     if shares is not None and tokens is None:
         raise ValueError("mixture: expected tokens with it, of which it gives the shares, got None")
@@ -172,7 +176,6 @@ def build(
         **{"needles": needles, "needles_per_row": needles_per_row},
     }
     check_needles(needles, needles_per_row, encoder, length)
-    target = Path(out)
     journal = Journal(target, options)
     if resume and target.is_dir() and not journal.folder.exists():
         return _made_before(target, journal.options)

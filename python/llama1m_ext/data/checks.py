@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import get_args
@@ -30,6 +31,7 @@ def check_options(
     tails: str,
     bad_rows: str,
     shortfall: str,
+    tolerance: float,
 ) -> None:
     """Of `build`.
 
@@ -50,8 +52,10 @@ def check_options(
         raise ValueError(f"tokens: expected those of one row at least, {length}, got {tokens}")
     if not 0 <= keep <= 1:
         raise ValueError(f"keep: expected a probability, 0 to 1, got {keep}")
-    if chars_per_token is not None and not chars_per_token > 0:
-        raise ValueError(f"chars_per_token: expected a number over 0, got {chars_per_token}")
+    if chars_per_token is not None and not 0 < chars_per_token < math.inf:
+        raise ValueError(f"chars_per_token: expected a finite number over 0, got {chars_per_token}")
+    if not 0 <= tolerance <= 1:
+        raise ValueError(f"tolerance: expected a difference of shares, 0 to 1, got {tolerance}")
     for name, value, least in (
         ("upsample_below", upsample_below, 0),
         ("shuffle", shuffle, 0),

@@ -53,8 +53,8 @@ def read(given: str | os.PathLike[str] | Mapping[str, float] | None) -> dict[str
 def _file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"mixture: expected slimpajama, none, NAME=SHARE,... or a file, got {str(path)!r}")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
             if sys.version_info >= (3, 11):
                 import tomllib
