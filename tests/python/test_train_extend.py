@@ -647,6 +647,9 @@ def test_settings_that_make_no_sense(tmp_path):
             ValueError, match=f"lora: {field}: expected names of modules that the model has, got 'nrom'"
         ):
             run(tmp_path / "out", lora={field: ["q_proj", "nrom"]})
+    for field, word in (("targets", "embed_tokens"), ("also", "model.embed_tokens"), ("also", "lm_head")):
+        with pytest.raises(ValueError, match=f"lora: {field}: expected none of the tied .*, got '{word}'"):
+            run(tmp_path / "out", model(tie_word_embeddings=True), lora={field: [word]})
     with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'gpu'"):
         run(tmp_path / "out", device="gpu")
     with pytest.raises(StagesError, match='autocast: expected dtype = "float32" with it'):

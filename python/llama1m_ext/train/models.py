@@ -61,6 +61,9 @@ def with_adapters(model: Any, lora: Lora) -> Any:
         for word in words:  # PEFT passes over those that it does not find, if it finds one
             if not any(f".{name}".endswith(f".{word}" if field == "targets" else word) for name in names):
                 raise ValueError(f"lora: {field}: expected names of modules that the model has, got {word!r}")
+            if model.config.tie_word_embeddings and word.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+                # PEFT trains a copy of one of them; the folder, which has both as one tensor, would be another model.
+                raise ValueError(f"lora: {field}: expected none of the tied embed_tokens and lm_head, got {word!r}")
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
