@@ -99,7 +99,7 @@ def test_processes_share_rows(tmp_path, devices, processes, share):
 def test_they_go_on_after_a_stop(tmp_path, devices, dtype):
     two(tmp_path / "a", devices, dtype)
     two(tmp_path / "b", devices, dtype, stop=5)
-    assert [path.name for path in found(tmp_path / "b" / devices)] == ["02-0000003", "01-0000008"]
+    assert [path.name for path in found(tmp_path / "b" / devices)] == ["02-0000003", "01-0000008-ended"]
     two(tmp_path / "b", devices, dtype)
     assert losses(tmp_path / "a" / devices) == losses(tmp_path / "b" / devices)
     alone = run(tmp_path / "alone", dtype=dtype)
