@@ -140,21 +140,18 @@ class Assembly:
         candidates: list[Candidate] = []
         texts: list[str] = []
         chars, wrong = 0, None
-        while True:
-            try:
-                document = next(documents, None)
-            except Exception as error:  # after those before it
-                document, wrong = None, error
-            if document is None:
-                break
-            candidate = self._candidate(document, len(texts))
-            candidates.append(candidate)
-            chars += len(document.text)
-            if candidate.place >= 0:
-                texts.append(document.text)
-            if chars >= _BATCH_CHARS or len(candidates) >= _BATCH_DOCUMENTS:
-                yield candidates, texts
-                candidates, texts, chars = [], [], 0
+        try:
+            for document in documents:
+                candidate = self._candidate(document, len(texts))
+                candidates.append(candidate)
+                chars += len(document.text)
+                if candidate.place >= 0:
+                    texts.append(document.text)
+                if chars >= _BATCH_CHARS or len(candidates) >= _BATCH_DOCUMENTS:
+                    yield candidates, texts
+                    candidates, texts, chars = [], [], 0
+        except Exception as error:  # after those before it
+            wrong = error
         if candidates:
             yield candidates, texts
         if wrong is not None:

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: written whole or not at all, checked when they are read, the last few of them kept.
 
-A checkpoint is a folder `checkpoints/<stage>-<step>` (or `...-ended`) with one file of tensors for each rank. What is in it goes on to the
-same bits: float32 weights, both moments, the states of the random generators, and how far the run was.
+A checkpoint is a folder `checkpoints/<stage>-<step>` (or `...-ended`) with one file of tensors for each rank. What is in it
+goes on to the same bits: float32 weights, both moments, the states of the random generators, and how far the run was.
 """
 
 from __future__ import annotations
